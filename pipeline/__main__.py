@@ -1,0 +1,52 @@
+"""python -m pipeline VERB: pack images, label views, look at what came of it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
+from pipeline.recipe import LabelRecipe, PackRecipe, load_recipe
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pipeline.pack import pack
+
+    recipe = load_recipe(PackRecipe, arguments.config, arguments.overrides)
+    manifest = pack(recipe)
+    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    print(
+        f"{recipe.output}: {len(manifest.keys)} images in {len(manifest.classes)} classes, "
+        f"{manifest.beton_bytes / 1e6:.1f} MB, {manifest.converted} converted{skipped}"
+    )
+    return 0
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from pipeline.label import label
+    from pipeline.store import open_store
+
+    recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
+    whole = label(recipe)
+    store = open_store(Path(recipe.store))
+    labelled, blocks = int(store.coverage().sum()), recipe.views.count * store.blocks
+    if not whole:
+        print(
+            f"{recipe.store}: stopped with {labelled} of {blocks} blocks labelled; run the same command again to go on"
+        )
+        return INTERRUPTED_STATUS
+    print(
+        f"{recipe.store}: {recipe.views.count} views of {store.manifest.samples} images, {store.bytes_per_view():.2f} bytes a view"
+    )
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__, allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
+    add_verb(verbs, "label", "label views with a teacher (also under `accelerate launch -m`)", _label)
+    return run(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

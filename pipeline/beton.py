@@ -1,0 +1,178 @@
+"""The .beton file: FFCV's format, written with the JPEG bytes as they were, opened only when it is whole.
+
+FFCV's own writer re-encodes every JPEG; the layout written here (header, field descriptors, sample table, pages,
+allocation table) is the one its reader and loaders expect, so stock FFCV opens the file too.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from pipeline.errors import DataError, FormatError
+from pipeline.manifest import PackManifest, key_digests
+
+_threads = torch.get_num_threads()
+from ffcv.fields import IntField, RGBImageField  # noqa: E402
+from ffcv.libffcv import ctypes_imdecode  # noqa: E402
+from ffcv.reader import Reader  # noqa: E402
+from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type  # noqa: E402
+
+torch.set_num_threads(_threads)  # importing ffcv leaves torch with a single thread
+
+JPEG_MODE = 0
+MIN_PAGE_BYTES = 1 << 21
+FIELDS = {"image": (2, RGBImageField()), "label": (1, IntField())}  # name: (FFCV's type id, field)
+ROW_TYPE = get_metadata_type([field for _, field in FIELDS.values()])
+
+
+class PackedImage(NamedTuple):
+    """One row to write: a baseline or progressive JPEG that turbojpeg decodes to RGB, with its size and class."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    label: int
+
+
+@dataclass(frozen=True)
+class Beton:
+    """An opened .beton. Arrays have one entry for each row: digests uint64, everything else int64."""
+
+    path: Path
+    manifest: PackManifest
+    keys: NDArray[np.uint64]
+    labels: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    heights: NDArray[np.int64]
+    widths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def crc32(self) -> NDArray[np.uint32]:
+        return np.array(self.manifest.crc32, np.uint32)
+
+
+def manifest_path(beton: Path) -> Path:
+    return beton.with_suffix(".manifest.json")
+
+
+def open_beton(path: str | Path) -> Beton:
+    """Open a packed file and its manifest.
+
+    Raises DataError when one of the two is not there, FormatError when they do not belong together, the file is
+    truncated, or it is not a .beton.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: expected a packed image file, found none; make it with `python -m pipeline pack`")
+    manifest = _read_manifest(manifest_path(path))
+    size = path.stat().st_size
+    if size != manifest.beton_bytes:
+        raise FormatError(
+            f"{path}: expected {manifest.beton_bytes} bytes, as {manifest_path(path).name} says, found {size}; "
+            "the file is truncated or not the one packed with this manifest: copy both again, or pack again"
+        )
+    try:
+        reader = Reader(str(path))
+        rows, table = reader.metadata, reader.alloc_table
+        if reader.field_names != list(FIELDS) or rows.dtype != ROW_TYPE:
+            raise ValueError(f"fields {reader.field_names}")
+        return _beton(path, manifest, rows, table, int(reader.header["alloc_table_ptr"]))
+    except (AssertionError, IndexError, KeyError, ValueError) as error:
+        raise FormatError(
+            f"{path}: expected FFCV format {CURRENT_VERSION} with the fields {list(FIELDS)}, found: {error}; pack again"
+        ) from None
+
+
+def write_beton(path: Path, images: Iterable[PackedImage], capacity: int, largest: int) -> int:
+    """Write images in order; returns the size of the file in bytes.
+
+    `capacity` bounds the number of images (their table precedes the data), `largest` is the expected size of the
+    biggest one in bytes. Pages are FFCV's unit of caching: no image crosses one.
+    """
+    page = 1 << max(MIN_PAGE_BYTES.bit_length() - 1, (2 * largest - 1).bit_length())
+    rows, table = np.zeros(capacity, ROW_TYPE), np.zeros(capacity, ALLOC_TABLE_TYPE)
+    start = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
+    position = -(-(start + rows.nbytes) // page) * page
+    count = 0
+    with path.open("wb") as file:
+        for count, image in enumerate(images, 1):  # noqa: B007
+            if page - position % page < len(image.jpeg):
+                position = -(-position // page) * page
+            if len(image.jpeg) > page:
+                raise DataError(
+                    f"row {count - 1}: expected a JPEG below {page} bytes, found {len(image.jpeg)}; set max_side"
+                )
+            file.seek(position)
+            file.write(image.jpeg)
+            rows[count - 1] = ((JPEG_MODE, image.width, image.height, position), image.label)
+            table[count - 1] = (count - 1, position, len(image.jpeg))
+            position += len(image.jpeg)
+        file.seek(position)
+        file.write(table[:count].tobytes())
+        file.seek(0)
+        file.write(_header(count, page, position))
+        file.write(rows[:count].tobytes())
+    return position + table[:count].nbytes
+
+
+def decodes(jpeg: bytes, height: int, width: int) -> bool:
+    """Whether turbojpeg, called as the loader calls it, decodes these bytes without an error or a warning."""
+    source = np.frombuffer(jpeg, np.uint8)
+    pixels = np.empty(3 * height * width, np.uint8)
+    status = ctypes_imdecode(
+        source.ctypes.data, source.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False
+    )
+    return status == 0
+
+
+def _header(count: int, page: int, table_position: int) -> bytes:
+    header, fields = np.zeros((), HeaderType), np.zeros(len(FIELDS), FieldDescType)
+    header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(FIELDS), page
+    header["num_samples"], header["alloc_table_ptr"] = count, table_position
+    for descriptor, (name, (type_id, field)) in zip(fields, FIELDS.items(), strict=True):
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        descriptor["arguments"][:] = field.to_binary()[0]
+    return header.tobytes() + fields.tobytes()
+
+
+def _read_manifest(path: Path) -> PackManifest:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: expected the manifest of the .beton beside it, found none; copy it too, or pack again"
+        ) from None
+    try:
+        return PackManifest.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise FormatError(
+            f"{path}: expected a manifest of version 1, found: {where}: {problem['msg']}; pack again"
+        ) from None
+
+
+def _beton(path: Path, manifest: PackManifest, rows: NDArray, table: NDArray, table_position: int) -> Beton:
+    order = np.argsort(table["ptr"])
+    offsets, image = rows["f0"]["data_ptr"], rows["f0"]
+    place = order[np.searchsorted(table["ptr"], offsets, sorter=order).clip(max=len(order) - 1)]
+    lengths = table["size"][place]
+    if not len(rows) == len(table) == len(manifest.keys):
+        raise ValueError(f"{len(rows)} rows and {len(table)} images for {len(manifest.keys)} keys")
+    if (table["ptr"][place] != offsets).any() or (offsets + lengths > table_position).any():
+        raise ValueError("rows that point outside the image data")
+    if (lengths != np.array(manifest.sizes, np.uint64)).any():
+        raise ValueError("image sizes that differ from the manifest's")
+    columns = (rows["f1"], offsets, lengths, image["height"], image["width"])
+    return Beton(path, manifest, key_digests(manifest.keys), *(np.ascontiguousarray(c, np.int64) for c in columns))

@@ -1,0 +1,72 @@
+"""The command line of both packages: verbs, `--section.key VALUE` overrides, errors without tracebacks."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.errors import RecipeError, SoftshardError
+from pipeline.recipe import Override
+
+ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+Verb = Callable[[argparse.Namespace], int]
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Parse, call the chosen verb's `run` function, return the exit status; user errors are printed as plain text."""
+    try:
+        known, rest = parser.parse_known_args(arguments)
+        known.overrides = overrides(rest)
+        if known.overrides and not hasattr(known, "config"):
+            raise RecipeError(
+                f"--{known.overrides[0][0]}: expected an option of `{known.verb}`, found none of that name"
+            )
+        return known.run(known)
+    except SoftshardError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(
+                f"{error.filename or 'output'}: expected free disk, found none; make room and run the same again"
+            )
+        return _fail(f"{error.filename or 'file'}: expected to read or write it, found: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again", file=sys.stderr)
+        return INTERRUPTED_STATUS
+
+
+def add_verb(verbs, name: str, help: str, function: Verb, config: bool = True) -> argparse.ArgumentParser:
+    """A sub-command; with `config` it takes `--config F` and overrides."""
+    parser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.set_defaults(run=function)
+    if config:
+        parser.add_argument("--config", type=Path, required=True, help="recipe; --section.key VALUE overrides a key")
+    return parser
+
+
+def overrides(words: Sequence[str]) -> list[Override]:
+    """['--views.seed', '1', '--top_k=3'] -> [('views.seed', '1'), ('top_k', '3')]. Raises RecipeError."""
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise RecipeError(f"command line: expected --section.key VALUE, found {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise RecipeError(f"{word}: expected a value after it, found the end of the line")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _fail(message: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(
+        "\n".join(f"error{'' if rank == '0' else f' (rank {rank})'}: {line}" for line in message.splitlines()),
+        file=sys.stderr,
+    )
+    return ERROR_STATUS

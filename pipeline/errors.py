@@ -1,0 +1,17 @@
+"""The errors a user can cause. Each message says where, what was expected, what was found, what to do."""
+
+
+class SoftshardError(Exception):
+    """Base of the errors that the command line prints without a traceback, with exit status 2."""
+
+
+class RecipeError(SoftshardError):
+    """The recipe asks for something that is wrong, unknown or contradictory."""
+
+
+class FormatError(SoftshardError):
+    """A file is not what its name says: truncated, corrupt, of another kind or another version."""
+
+
+class DataError(SoftshardError):
+    """The files are sound but do not fit the work: missing samples, other images, no room."""

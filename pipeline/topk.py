@@ -1,0 +1,132 @@
+"""Soft labels as a few bytes: the classes a teacher finds most probable, their log-probability gaps, the tail mass.
+
+A teacher's output for one view is kept without a temperature: the k most probable classes in descending order
+(index), the differences between neighbouring log-probabilities in steps of 1/16 nat (gap), and the mass of all other
+classes relative to the first one (tail). The first probability needs no storage, because everything sums to one.
+`decode` gives the distribution at any temperature.
+
+Sources: storing the top k of a teacher once for all epochs is FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.10666);
+the temperature is Hinton et al. (arXiv 1503.02531). The byte layout is described in FORMAT.md.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import DataError
+
+STEPS_PER_NAT = 16  # gap and tail count sixteenths of a nat: a stored log-probability ratio is off by 1/32 at most
+TAIL_OFFSET = 176  # tail codes reach from -11 to +4.9 nat around the first class's log-probability
+CODE_MAX = 255
+UINT16_CLASSES = 65534  # uint16 indices need one value that is no class, for the fill value of a store
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Encoded soft labels of any number of rows; k is the last axis of `index`.
+
+    index: uint16 [..., k] (uint32 above 65534 classes), most probable first
+    gap:   uint8 [..., k - 1], steps of 1/16 nat between neighbours, saturating at 255
+    tail:  uint8 [...], round(16 * (log tail mass - lp_1)) + 176, saturating; 0 when k is the number of classes
+    """
+
+    index: NDArray[Any]
+    gap: NDArray[np.uint8]
+    tail: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.tail)
+
+    def __getitem__(self, rows: slice | NDArray[Any]) -> "Codes":
+        """The codes of some rows, in the order asked for."""
+        return Codes(self.index[rows], self.gap[rows], self.tail[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence["Codes"]) -> "Codes":
+        """All rows of `parts`, one part after the other."""
+        return Codes(
+            np.concatenate([part.index for part in parts]),
+            np.concatenate([part.gap for part in parts]),
+            np.concatenate([part.tail for part in parts]),
+        )
+
+
+class SoftLabels(NamedTuple):
+    """Soft labels at one temperature; `probability` and `tail` of a row sum to one.
+
+    index:       int64 [B, k], classes
+    probability: float32 [B, k]
+    tail:        float32 [B], mass of the other C - k classes together; exactly 0 when k = C
+    """
+
+    index: Tensor
+    probability: Tensor
+    tail: Tensor
+
+
+def index_dtype(classes: int) -> np.dtype[Any]:
+    """The dtype of class indices among `classes` classes; its largest value is never a class."""
+    return np.dtype(np.uint16 if classes <= UINT16_CLASSES else np.uint32)
+
+
+def encode(logits: Tensor, k: int) -> Codes:
+    """Encode the k most probable classes of each row and the mass of the rest.
+
+    logits: float [B, C], 1 <= k <= C, on any device; halves are computed in float32, doubles stay doubles. Equal
+    logits are ranked by class, lower first, so the codes are a function of the logits. A logit of -inf is a class
+    that cannot be. Raises DataError for rows that are no distribution (NaN, +inf, nothing but -inf).
+    """
+    assert logits.ndim == 2, f"logits are [B, C], not {tuple(logits.shape)}"
+    assert 1 <= k <= logits.shape[1], f"k = {k} of {logits.shape[1]} classes"
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ranked, index = torch.sort(precise, dim=1, descending=True, stable=True)
+    log_p = torch.log_softmax(ranked, dim=1)
+    bad = int(log_p[:, 0].isnan().sum())
+    if bad:
+        raise DataError(
+            f"teacher logits: expected finite numbers, found NaN or infinity in {bad} of {len(logits)} rows; "
+            "check the teacher's weights, or run it in float32"
+        )
+    return Codes(
+        index[:, :k].to(torch.int32).cpu().numpy().astype(index_dtype(logits.shape[1])),
+        _gap_codes(log_p[:, :k]).cpu().numpy(),
+        _tail_codes(log_p, k).cpu().numpy(),
+    )
+
+
+def decode(index: Tensor, gap: Tensor, tail: Tensor, classes: int, temperature: float) -> SoftLabels:
+    """Soft labels of encoded rows at a temperature, on the tensors' own device.
+
+    index [B, k] of any integer dtype, gap uint8 [B, k - 1], tail uint8 [B]; `classes` is C. Within the tail all C - k
+    classes are taken as equally probable, which decides how its mass grows with the temperature. Indices are taken
+    as they are: a store checks their range when it reads them.
+    """
+    k = index.shape[1]
+    # differences were taken after rounding, so the sums are exact multiples of 1/16 and errors do not add up
+    steps = torch.nn.functional.pad(torch.cumsum(gap, dim=1), (1, 0))
+    ratio = steps.to(torch.float32) / (-STEPS_PER_NAT * temperature)
+    if k == classes:
+        return SoftLabels(index.long(), torch.softmax(ratio, dim=1), ratio.new_zeros(len(ratio)))
+    log_others = math.log(classes - k)
+    log_mass = (tail.to(torch.float32) - TAIL_OFFSET) / STEPS_PER_NAT
+    tail_ratio = log_others + (log_mass - log_others) / temperature
+    probability = torch.softmax(torch.cat([ratio, tail_ratio[:, None]], dim=1), dim=1)
+    return SoftLabels(index.long(), probability[:, :k], probability[:, k])
+
+
+def _gap_codes(log_p: Tensor) -> Tensor:
+    steps = torch.round(STEPS_PER_NAT * (log_p[:, :1] - log_p))
+    # two impossible classes are infinitely far down and no step apart
+    return torch.diff(steps, dim=1).nan_to_num(nan=0.0).clamp(max=CODE_MAX).to(torch.uint8)
+
+
+def _tail_codes(log_p: Tensor, k: int) -> Tensor:
+    # summed over the classes themselves: 1 - sum(top k) would be all rounding error for a confident teacher
+    ratio = torch.logsumexp(log_p[:, k:], dim=1) - log_p[:, 0]
+    return (torch.round(STEPS_PER_NAT * ratio) + TAIL_OFFSET).clamp(0, CODE_MAX).to(torch.uint8)

@@ -1,0 +1,183 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.cli import overrides
+from pipeline.errors import RecipeError
+from pipeline.recipe import LabelRecipe, PackRecipe, ViewRecipe, dump_recipe, first_difference, load_recipe
+from trainer.recipe import TrainRecipe
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+KINDS = {"source": PackRecipe, "teachers": LabelRecipe, "student": TrainRecipe}
+LABEL = """
+beton: train.beton
+store: labels.zarr
+classes: 10
+views: {seed: 0, count: 8}
+teachers: [{model: resnet10t, size: 32}]
+top_k: 5
+"""
+TRAIN = """
+data: {train: t.beton, validation: v.beton, labels: labels.zarr, size: 32}
+student: {model: resnet10t, num_classes: 10}
+optimizer: {lr: 1e-3}
+schedule: {epochs: 4}
+batch_size: 8
+output: runs/x
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path: Path, text: str, *changes: tuple[str, str], model=LabelRecipe) -> list[str]:
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(model, path, changes)
+    return [line.replace(str(path), "F") for line in str(error.value).splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_recipe_in_configs_loads(path: Path) -> None:
+    text = path.read_text()
+    [kind] = [kind for key, kind in KINDS.items() if f"\n{key}:" in f"\n{text}"]
+    load_recipe(kind, path)
+
+
+def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path: Path) -> None:
+    for model, text in ((LabelRecipe, LABEL), (TrainRecipe, TRAIN)):
+        recipe = load_recipe(model, write(tmp_path, text))
+        assert load_recipe(model, write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    st.builds(
+        ViewRecipe,
+        seed=st.integers(0, 2**64 - 1),
+        count=st.integers(1, 10**6),
+        hflip=st.floats(0, 1),
+    )
+)
+def test_every_view_recipe_survives_yaml(tmp_path_factory: pytest.TempPathFactory, views: ViewRecipe) -> None:
+    path = write(tmp_path_factory.mktemp("views"), dump_recipe(views))
+    assert load_recipe(ViewRecipe, path) == views
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    text = LABEL.replace("count: 8", "count: 8, hflop: 0.5, count: 9").replace("classes: 10", 'classes: "10"')
+    text = text.replace("top_k: 5", "topk: 5").replace("size: 32", "size: 0")
+    assert problems(tmp_path, text) == [
+        "F: views.count: duplicate key (got it again in line 5)",
+        'F: classes: input should be a valid integer (got "10")',
+        "F: views.hflop: unknown key (got 0.5)",
+        "F: teachers.0.size: input should be greater than or equal to 1 (got 0)",
+        "F: top_k: missing key",
+        "F: topk: unknown key (got 5)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LABEL.replace("seed: 0", "seed: 0.5"), "F: views.seed: input should be a valid integer"),
+        (LABEL.replace("seed: 0", "seed: true"), "F: views.seed: input should be a valid integer"),
+        (LABEL.replace("seed: 0", "seed: null"), "F: views.seed: input should be a valid integer"),
+        (LABEL + "batch_size: -1", "F: batch_size: input should be greater than or equal to 1"),
+        (LABEL.replace("top_k: 5", "top_k: 11"), "F: top_k must be at most classes = 10 (got 11)"),
+        (LABEL.replace("count: 8", "count: 8, crop: {scale: [1.0, 0.5]}"), "F: views.crop.scale: the lower bound"),
+        (LABEL.replace("count: 8", "count: 8, hflip: .nan"), "F: views.hflip: input should be a finite number"),
+        (LABEL + "beton: other.beton", "F: beton: duplicate key"),
+        (LABEL.replace("count: 8}", "count: 8"), "F: expected YAML, found:"),
+        ("[1, 2]", "F: expected a mapping of sections, found list"),
+        ("", "F: expected a mapping of sections, found NoneType"),
+    ],
+)
+def test_one_problem(tmp_path: Path, text: str, expected: str) -> None:
+    assert problems(tmp_path, text)[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            TRAIN.replace("lr: 1e-3", "lr: 1e-3, name: lambb"),
+            "optimizer.name: expected an optimiser of timm.optim, near: lamb",
+        ),
+        (TRAIN.replace("labels: labels.zarr", "labels: null"), "views: expected a section, since data.labels is null"),
+        (TRAIN + "views: {seed: 0, count: 1}", "views: expected none, since the store"),
+        (
+            TRAIN.replace("epochs: 4", "epochs: 4, warmup_epochs: 4"),
+            "schedule.warmup_epochs: expected fewer than epochs",
+        ),
+        (TRAIN + "loss: {alpha: 1.5}", "loss.alpha: input should be less than or equal to 1"),
+        (TRAIN + "loss: {tail: sprad}", "loss.tail: input should be 'drop', 'lump' or 'spread'"),
+    ],
+)
+def test_train_recipe_problems(tmp_path: Path, text: str, expected: str) -> None:
+    assert problems(tmp_path, text, model=TrainRecipe)[0].startswith(f"F: {expected}")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: expected a readable YAML recipe"):
+        load_recipe(PackRecipe, tmp_path / "none.yaml")
+
+
+def test_yaml_is_version_1_2(tmp_path: Path) -> None:
+    text = LABEL.replace("seed: 0", "seed: 010").replace("store: labels.zarr", "store: no")
+    recipe = load_recipe(LabelRecipe, write(tmp_path, text.replace("count: 8", "count: 8, hflip: 1e-1")))
+    assert (recipe.store, recipe.views.seed, recipe.views.hflip) == ("no", 10, 0.1)
+
+
+def test_overrides_reach_sections_lists_and_absent_sections(tmp_path: Path) -> None:
+    changes = overrides(
+        ["--views.seed", "7", "--teachers.0.size=64", "--views.crop.scale", "[0.5, 1.0]", "--top_k", "3"]
+    )
+    recipe = load_recipe(LabelRecipe, write(tmp_path, LABEL), changes)
+    assert (recipe.views.seed, recipe.teachers[0].size, recipe.top_k) == (7, 64, 3)
+    assert recipe.views.crop is not None
+    assert recipe.views.crop.scale == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("views.seed", "x"), '--views.seed: input should be a valid integer (got "x")'),
+        (("views.sed", "1"), "--views.sed: unknown key (got 1)"),
+        (("teachers.1.size", "1"), "--teachers.1.size: expected a section named '1', found list"),
+        (("classes.a.b", "1"), "--classes.a.b: expected a section named 'a', found int"),
+    ],
+)
+def test_override_problems_name_the_option(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
+    assert problems(tmp_path, LABEL, change)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["views.seed", "1"], "expected --section.key VALUE, found 'views.seed'"),
+        (["--top_k"], "--top_k: expected a value"),
+    ],
+)
+def test_malformed_overrides(words: list[str], expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        overrides(words)
+
+
+def test_recipes_are_frozen(tmp_path: Path) -> None:
+    recipe = load_recipe(LabelRecipe, write(tmp_path, LABEL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.top_k = 3
+
+
+def test_first_difference_names_the_leaf() -> None:
+    one = {"a": 1, "views": {"seed": 0, "crop": [1, 2]}}
+    assert first_difference(one, json.loads(json.dumps(one))) is None
+    assert first_difference(one, {**one, "views": {"seed": 1, "crop": [1, 2]}}) == "views.seed: expected 0, found 1"
+    assert first_difference(one, {**one, "b": 2}) == "b: expected None, found 2"

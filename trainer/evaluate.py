@@ -1,0 +1,58 @@
+"""Predictions of a student on the centre view of a packed validation set."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.beton import Beton
+from pipeline.launch import make_accelerator
+from pipeline.loader import ViewLoader
+from pipeline.views import CENTRE
+from trainer.data import open_validation_set
+from trainer.recipe import TrainRecipe
+from trainer.student import Student, load_exported, make_student
+
+
+def validation_loader(recipe: TrainRecipe, beton: Beton, accelerator: Accelerator) -> ViewLoader:
+    data, batch_size = recipe.data, max(1, recipe.batch_size // accelerator.num_processes)
+    return ViewLoader(beton, None, data.size, batch_size, data.workers, accelerator.device, data.crop_pct)
+
+
+@torch.inference_mode()
+def predict(accelerator: Accelerator, student: Student, loader: ViewLoader, rows: NDArray[np.int64]) -> Tensor:
+    """Predicted classes of the rows, int64 [N], on the CPU."""
+    student.eval()
+    classes = []
+    for batch in loader.render(rows, CENTRE):
+        with accelerator.autocast():
+            logits = student(batch.images)
+        classes.append(logits.argmax(dim=1).cpu())
+    return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
+
+
+def top1(accelerator: Accelerator, student: Student, loader: ViewLoader, beton: Beton) -> float:
+    """Percentage of rows whose predicted class is their hard label; every process takes a share of the rows."""
+    rows = np.arange(accelerator.process_index, len(beton), accelerator.num_processes)
+    right = predict(accelerator, student, loader, rows) == torch.from_numpy(beton.labels[rows])
+    total = accelerator.reduce(right.sum().to(accelerator.device))
+    return 100 * float(total) / len(beton)
+
+
+def evaluate(recipe: TrainRecipe, weights: Path) -> dict[str, float | int | list[int]]:
+    """Evaluate a run's weights (.safetensors, of the student as trained) or an exported folder (through stock timm)."""
+    accelerator = make_accelerator("evaluate")
+    beton = open_validation_set(recipe)
+    student = load_exported(weights) if weights.is_dir() else make_student(recipe, weights)
+    loader = validation_loader(recipe, beton, accelerator)
+    predicted = predict(accelerator, student.to(accelerator.device), loader, np.arange(len(beton)))
+    right = int((predicted == torch.from_numpy(beton.labels)).sum())
+    return {
+        "top1": 100 * right / len(beton),
+        "images": len(beton),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "predictions": predicted.tolist(),
+    }

@@ -1,0 +1,74 @@
+"""The network that trains: built from the recipe, with the normalisation of its pixels inside."""
+
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pipeline.errors import DataError, FormatError
+from trainer.recipe import TrainRecipe
+from trainer.students import build_student, expand
+
+
+class Student(nn.Module):
+    """forward: uint8 [B, 3, S, S] -> logits [B, classes]. Weights are those of `network`, a plain timm model or its
+    expanded form; mean and std are the model's own."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        settings = timm.data.resolve_model_data_config(network)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(settings[name]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images.to(self.mean.dtype) - self.mean) / self.std)
+
+
+def make_student(recipe: TrainRecipe, weights: Path | None = None) -> Student:
+    """The student of a recipe: with the weights of a file, or with initial ones that depend on the recipe alone.
+
+    Raises RecipeError for an unknown model, DataError and FormatError for weights that do not fit.
+    """
+    torch.manual_seed(recipe.seed)
+    wanted = recipe.student
+    pretrained = wanted.pretrained and weights is None
+    network = build_student(wanted.model, wanted.num_classes, library=wanted.library, pretrained=pretrained)
+    if wanted.expand:
+        example = torch.zeros(1, 3, recipe.data.size, recipe.data.size)
+        network = expand(network, example, **wanted.expand.model_dump())
+    if weights:
+        _load(network, weights)
+    return Student(network).to(memory_format=torch.channels_last)
+
+
+def load_exported(folder: Path) -> Student:
+    """A folder that `export` wrote, through stock timm."""
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder}: expected an exported folder with config.json, found none; make it with `trainer export`"
+        )
+    try:
+        return Student(timm.create_model(f"local-dir:{folder}", pretrained=True)).to(memory_format=torch.channels_last)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FormatError(f"{folder}: expected a model that timm loads, found: {error}; export again") from None
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: expected student weights, found no file; train first, or correct the path")
+    try:
+        network.load_state_dict(safetensors.torch.load_file(path))
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path}: expected a .safetensors file, found: {error}; pickled weights are not read"
+        ) from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: expected the weights of this recipe's student, found others: {reason}") from None
