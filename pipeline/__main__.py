@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
@@ -34,18 +35,17 @@ def _label(arguments: argparse.Namespace) -> int:
             f"{recipe.store}: stopped with {labelled} of {blocks} blocks labelled; run the same command again to go on"
         )
         return INTERRUPTED_STATUS
-    print(
-        f"{recipe.store}: {recipe.views.count} views of {store.manifest.samples} images, {store.bytes_per_view():.2f} bytes a view"
-    )
+    size = f"{store.bytes_per_view():.2f} bytes a view"
+    print(f"{recipe.store}: {recipe.views.count} views of {store.manifest.samples} images, {size}")
     return 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
     add_verb(verbs, "label", "label views with a teacher (also under `accelerate launch -m`)", _label)
-    return run(parser)
+    return run(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ FFCV's own writer re-encodes every JPEG; the layout written here (header, field 
 allocation table) is the one its reader and loaders expect, so stock FFCV opens the file too.
 """
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,18 +20,29 @@ from pydantic import ValidationError
 from pipeline.errors import DataError, FormatError
 from pipeline.manifest import PackManifest, key_digests
 
-_threads = torch.get_num_threads()
-from ffcv.fields import IntField, RGBImageField  # noqa: E402
-from ffcv.libffcv import ctypes_imdecode  # noqa: E402
-from ffcv.reader import Reader  # noqa: E402
-from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type  # noqa: E402
 
-torch.set_num_threads(_threads)  # importing ffcv leaves torch with a single thread
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Undo what ffcv does to the numbers of threads of torch and numba when it is imported and makes a loader."""
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torch_threads)
+        numba.set_num_threads(numba_threads)
+
+
+with kept_threads():
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.libffcv import ctypes_imdecode
+    from ffcv.reader import Reader
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 
 JPEG_MODE = 0
 MIN_PAGE_BYTES = 1 << 21
 FIELDS = {"image": (2, RGBImageField()), "label": (1, IntField())}  # name: (FFCV's type id, field)
 ROW_TYPE = get_metadata_type([field for _, field in FIELDS.values()])
+_TABLE_START = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
 
 
 class PackedImage(NamedTuple):
@@ -42,11 +56,12 @@ class PackedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Beton:
-    """An opened .beton. Arrays have one entry for each row: digests uint64, everything else int64."""
+    """An opened .beton. Arrays have one entry for each row: digests uint64, checksums uint32, everything else int64."""
 
     path: Path
     manifest: PackManifest
     keys: NDArray[np.uint64]
+    crc32: NDArray[np.uint32]
     labels: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -55,10 +70,6 @@ class Beton:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    @property
-    def crc32(self) -> NDArray[np.uint32]:
-        return np.array(self.manifest.crc32, np.uint32)
 
 
 def manifest_path(beton: Path) -> Path:
@@ -81,6 +92,11 @@ def open_beton(path: str | Path) -> Beton:
             f"{path}: expected {manifest.beton_bytes} bytes, as {manifest_path(path).name} says, found {size}; "
             "the file is truncated or not the one packed with this manifest: copy both again, or pack again"
         )
+    if tables_crc32(path, len(manifest.keys)) != manifest.tables_crc32:
+        raise FormatError(
+            f"{path}: expected the header and tables that {manifest_path(path).name} records, found others; "
+            "the file is damaged or not the one packed with this manifest: copy both again, or pack again"
+        )
     try:
         reader = Reader(str(path))
         rows, table = reader.metadata, reader.alloc_table
@@ -101,11 +117,10 @@ def write_beton(path: Path, images: Iterable[PackedImage], capacity: int, larges
     """
     page = 1 << max(MIN_PAGE_BYTES.bit_length() - 1, (2 * largest - 1).bit_length())
     rows, table = np.zeros(capacity, ROW_TYPE), np.zeros(capacity, ALLOC_TABLE_TYPE)
-    start = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
-    position = -(-(start + rows.nbytes) // page) * page
+    position = -(-(_TABLE_START + rows.nbytes) // page) * page
     count = 0
     with path.open("wb") as file:
-        for count, image in enumerate(images, 1):  # noqa: B007
+        for count, image in enumerate(images, 1):
             if page - position % page < len(image.jpeg):
                 position = -(-position // page) * page
             if len(image.jpeg) > page:
@@ -123,6 +138,15 @@ def write_beton(path: Path, images: Iterable[PackedImage], capacity: int, larges
         file.write(_header(count, page, position))
         file.write(rows[:count].tobytes())
     return position + table[:count].nbytes
+
+
+def tables_crc32(path: Path, count: int) -> int:
+    """CRC-32 of all of a file of `count` rows that is not image data: header, fields, row table, allocation table."""
+    before, after = _TABLE_START + count * ROW_TYPE.itemsize, count * ALLOC_TABLE_TYPE.itemsize
+    with path.open("rb") as file:
+        crc = zlib.crc32(file.read(before))
+        file.seek(max(0, path.stat().st_size - after))
+        return zlib.crc32(file.read(), crc)
 
 
 def decodes(jpeg: bytes, height: int, width: int) -> bool:
@@ -174,5 +198,15 @@ def _beton(path: Path, manifest: PackManifest, rows: NDArray, table: NDArray, ta
         raise ValueError("rows that point outside the image data")
     if (lengths != np.array(manifest.sizes, np.uint64)).any():
         raise ValueError("image sizes that differ from the manifest's")
+    if (image["mode"] != JPEG_MODE).any() or not (image["height"].all() and image["width"].all()):
+        raise ValueError("rows that are not JPEGs")
+    if rows["f1"].min() < 0 or rows["f1"].max() >= len(manifest.classes):
+        raise ValueError("labels outside the class list")
     columns = (rows["f1"], offsets, lengths, image["height"], image["width"])
-    return Beton(path, manifest, key_digests(manifest.keys), *(np.ascontiguousarray(c, np.int64) for c in columns))
+    return Beton(
+        path,
+        manifest,
+        key_digests(manifest.keys),
+        np.array(manifest.crc32, np.uint32),
+        *(np.ascontiguousarray(column, np.int64) for column in columns),
+    )

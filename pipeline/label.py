@@ -105,7 +105,7 @@ def _load_teacher(accelerator: Accelerator, recipe: LabelRecipe) -> Teacher:
             loaded = load_teacher(teacher.model, teacher.checkpoint, teacher.size, recipe.classes)
     except TeacherError as error:
         raise DataError(str(error)) from None
-    return loaded.to(accelerator.device, memory_format=torch.channels_last)
+    return loaded.to(accelerator.device).to(memory_format=torch.channels_last)
 
 
 def _manifest(recipe: LabelRecipe, beton: Beton, teacher: Teacher) -> StoreManifest:

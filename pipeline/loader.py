@@ -1,14 +1,17 @@
 """The loader: rows and view numbers in, batches of pixels out, rendered by one FFCV decoder in a background thread.
 
 FFCV by itself ignores the JPEG decoder's return code, waits for ever when its thread dies, and leaks the thread and its
-buffers when an epoch is left early. Here a return code or an exception becomes an error that names the samples, a
-dead thread is noticed, and leaving the loop by any way closes the epoch.
+buffers when an epoch is left early. Here a return code, a wrong checksum or an exception becomes an error that names
+the samples, a dead thread is noticed, and leaving the loop by any way closes the epoch.
 """
 
+from pipeline.beton import Beton, kept_threads  # imports ffcv first, and undoes what that does to torch
+
+# isort: split
 import ctypes
 import queue
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,10 +25,11 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
+from numba.core import config
+from numba.np.ufunc.parallel import threading_layer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.beton import Beton
 from pipeline.errors import DataError
 from pipeline.recipe import ViewRecipe
 from pipeline.views import ViewParameters, centre_fraction, render, view_parameters
@@ -37,7 +41,7 @@ POLL_SECONDS = 0.2
 
 
 class Batch(NamedTuple):
-    """images: uint8 [B, 3, S, S] in channels_last order, and labels: int64 [B], on the loader's device; rows: int64 [B].
+    """images: uint8 [B, 3, S, S] (channels_last) and labels: int64 [B], both on the loader's device; rows: int64 [B].
 
     On the CPU `images` is the loader's own memory: valid until the next batch is asked for.
     """
@@ -67,31 +71,33 @@ class ViewLoader:
         _require_tbb()
         self._device = device
         parameters = view_parameters(views, centre_fraction(size, crop_pct))
-        self._decoder = _ViewDecoder(beton, parameters, size, min(workers, numba.config.NUMBA_NUM_THREADS))
+        workers = min(workers, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+        self._decoder = _ViewDecoder(beton, parameters, size, workers)
         self._beton = beton
-        with _uncompiled():
+        with _uncompiled(), kept_threads():
             self._loader = Loader(
                 str(beton.path),
                 batch_size,
-                num_workers=min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS),  # FFCV passes it on to torch
+                num_workers=1,  # FFCV's own code does no work
                 os_cache=True,
                 order=OrderOption.SEQUENTIAL,
                 drop_last=False,
                 seed=0,
-                pipelines={"image": [self._decoder], "label": None},
+                pipelines={"image": [self._decoder], "label": None},  # pyright: ignore[reportArgumentType]
             )
 
     def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Iterator[Batch]:
         """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller.
 
-        Raises DataError naming the keys when an image does not decode, RuntimeError when the thread died.
+        Raises DataError naming keys when images have changed or do not decode, RuntimeError when the thread died.
         """
-        rows = np.ascontiguousarray(rows, np.uint64)
-        epoch = _ViewEpoch(self._loader, rows, np.broadcast_to(np.asarray(views, np.int64), rows.shape))
+        rows, views = (np.array(part, np.int64) for part in np.broadcast_arrays(rows, views))
+        assert ((rows >= 0) & (rows < len(self._beton))).all(), "rows are not checked where they are used"
+        epoch = _ViewEpoch(self._loader, rows, views)
         start = 0
         try:
             for (pixels,) in epoch:
-                batch_rows = rows[start : start + len(pixels)].astype(np.int64)
+                batch_rows = rows[start : start + len(pixels)]
                 start += len(pixels)
                 images, labels = (
                     torch.from_numpy(pixels).permute(0, 3, 1, 2),
@@ -107,8 +113,8 @@ class ViewLoader:
         except _DecodeError as error:
             keys = [self._beton.manifest.keys[row] for row in error.rows]
             raise DataError(
-                f"{self._beton.path}: expected images that decode, found {len(keys)} that do not, such as "
-                f"{', '.join(keys[:3])}; the file has changed since it was packed: copy it again, or pack again"
+                f"{self._beton.path}: expected the images that were packed, found {len(keys)} that have changed, "
+                f"such as {', '.join(keys[:3])}; copy the file again, or pack again"
             ) from None
         finally:
             epoch.close()
@@ -119,7 +125,8 @@ class _ViewDecoder(SimpleRGBImageDecoder):
 
     def __init__(self, beton: Beton, parameters: ViewParameters, size: int, workers: int) -> None:
         super().__init__()
-        self._beton, self._parameters, self._size, self._workers = beton, parameters, size, workers
+        self._columns = (beton.keys, beton.crc32, beton.offsets, beton.lengths, beton.heights, beton.widths)
+        self._parameters, self._size, self._workers = parameters, size, workers
 
     def declare_state_and_memory(self, previous_state):
         shape = (self._size, self._size, 3)
@@ -127,8 +134,7 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), (pixels, views, status)
 
     def generate_code(self):
-        beton, parameters, workers = self._beton, self._parameters, self._workers
-        columns = (beton.keys, beton.offsets, beton.lengths, beton.heights, beton.widths)
+        columns, parameters, workers = self._columns, self._parameters, self._workers
 
         def decode(rows, memory, metadata, storage_state):
             pixels, views, status = memory
@@ -146,11 +152,29 @@ class _DecodeError(Exception):
 
 
 class _ViewEpoch(EpochIterator):
-    """FFCV's epoch thread, with view numbers going in, statuses and exceptions coming out, and an end that is an end."""
+    """FFCV's epoch thread: view numbers go in, statuses and exceptions come out, and the end is the end."""
 
-    def __init__(self, loader: Loader, rows: NDArray[np.uint64], views: NDArray[np.int64]) -> None:
+    def __init__(self, loader: Loader, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
         self._views, self._error = views, None
-        super().__init__(loader, rows)  # starts the thread
+        super().__init__(loader, rows.astype(np.uint64))  # pyright: ignore[reportArgumentType]  # starts the thread
+
+    def run(self) -> None:
+        """FFCV's own loop sets torch's number of threads, and does not look whether it should end while it has room."""
+        try:
+            for number, rows in enumerate(self.iter_ixes):
+                slot = number % (self.loader.batches_ahead + 2)
+                self._put((slot, self.run_pipeline(number, rows, slot, None)))
+                if self.terminate_event.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._error = error
+
+    def _put(self, result) -> None:
+        while not self.terminate_event.is_set():
+            with suppress(queue.Full):
+                self.output_queue.put(result, timeout=POLL_SECONDS)
+                return
 
     def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
         [(_, views, status)] = self.memory_allocations["operation"].values()
@@ -161,12 +185,6 @@ class _ViewEpoch(EpochIterator):
         if failed.any():
             raise _DecodeError(batch_indices[failed])
         return result
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except BaseException as error:
-            self._error = error
 
     def __next__(self):
         while True:
@@ -186,11 +204,9 @@ class _ViewEpoch(EpochIterator):
     def close(self) -> None:
         """End the thread and let go of its memory, whether or not the epoch is over."""
         self.terminate_event.set()
-        while self.is_alive():  # it may be waiting to put a result into a full queue
-            try:
-                self.output_queue.get(timeout=0.01)
-            except queue.Empty:
-                self.join(0.01)
+        with suppress(queue.Empty):
+            self.output_queue.get_nowait()  # it may be waiting to put a result into a full queue
+        self.join()
         if not self.closed:
             self.closed = True
             self.memory_context.__exit__(None, None, None)
@@ -210,9 +226,9 @@ def _uncompiled():
 
 
 def _require_tbb() -> None:
-    try:
-        from numba.np.ufunc import tbbpool  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError as error:
+    """Numba's own threading layer aborts on concurrent use, OpenMP's does not survive a fork."""
+    layer = threading_layer()
+    if layer != "tbb":
         raise DataError(
-            f"numba: expected the TBB threading layer, found: {error}; install it with `pip install tbb`"
-        ) from None
+            f"numba: expected the threading layer tbb, found {layer}; `pip install tbb`, unset NUMBA_THREADING_LAYER"
+        )

@@ -3,11 +3,11 @@
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.errors import DataError
 from pipeline.recipe import Model, PackRecipe, ViewRecipe
@@ -15,20 +15,33 @@ from pipeline.recipe import Model, PackRecipe, ViewRecipe
 LIBRARIES = ("ffcv", "numba", "numpy", "opencv-python", "timm", "torch", "zarr")
 
 
+Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class PackManifest(Model):
-    """Stands beside a .beton as NAME.manifest.json. The lists have one entry for each row, in row order."""
+    """Stands beside a .beton as NAME.manifest.json. keys, crc32 and sizes have one entry for each row, in row order.
+
+    Each crc32 is that of the row's JPEG, tables_crc32 that of everything else that is read from the .beton.
+    """
 
     format: Literal["softshard-beton"] = "softshard-beton"
     version: Literal[1] = 1
     recipe: PackRecipe
     beton_bytes: int
+    tables_crc32: Crc32
     classes: tuple[str, ...]
-    keys: tuple[str, ...]
-    crc32: tuple[int, ...]
-    sizes: tuple[int, ...]
+    keys: tuple[str, ...] = Field(min_length=1)
+    crc32: tuple[Crc32, ...]
+    sizes: tuple[Annotated[int, Field(ge=1, lt=2**32)], ...]
     converted: int
     skipped: tuple[str, ...]
     libraries: dict[str, str]
+
+    @model_validator(mode="after")
+    def _one_entry_a_row(self) -> "PackManifest":
+        if not len(self.keys) == len(self.crc32) == len(self.sizes):
+            raise ValueError("keys, crc32 and sizes differ in length")
+        return self
 
 
 class TeacherRecord(Model):
@@ -63,11 +76,14 @@ def key_digest(key: str) -> int:
 
 def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
     """Digests of all keys, uint64 [N]. Raises DataError when a key stands twice or two keys collide."""
-    digests = np.fromiter((key_digest(key) for key in keys), np.uint64, len(keys))
+    try:
+        digests = np.fromiter((key_digest(key) for key in keys), np.uint64, len(keys))
+    except UnicodeEncodeError as error:
+        raise DataError(f"keys: expected file names in UTF-8, found {error.object!r}; rename it") from None
     order = np.argsort(digests, kind="stable")
     again = np.flatnonzero(digests[order[1:]] == digests[order[:-1]])
     if len(again):
-        first, second = keys[order[again[0]]], keys[order[again[0] + 1]]
+        first, second = (keys[int(row)] for row in order[again[0] : again[0] + 2])
         what = f"the key {first!r} twice" if first == second else f"the keys {first!r} and {second!r} with one digest"
         raise DataError(
             f"keys: expected a different 64-bit digest for each sample, found {what} ({len(again)} such pairs); "

@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from typing import NamedTuple, TypeVar
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from pipeline.beton import PackedImage, decodes, manifest_path, write_beton
+from pipeline.beton import PackedImage, decodes, manifest_path, tables_crc32, write_beton
 from pipeline.errors import DataError
-from pipeline.files import atomic_path, write_atomically
+from pipeline.files import atomic_path
 from pipeline.manifest import PackManifest, key_digests, library_versions
 from pipeline.recipe import PackRecipe, save_recipe
 
@@ -24,7 +24,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 ORIENTATION = 0x0112
 JPEG_QUALITY = 95
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Sample(NamedTuple):
@@ -54,7 +55,7 @@ def pack(recipe: PackRecipe) -> PackManifest:
     """Pack an image data set; the .beton and its manifest replace older ones only when both are whole.
 
     Raises DataError for a missing or empty folder, a class that is not in the class list, duplicate keys, no room on
-    the disk, and an image that does not decode (unless `on_bad_image: skip`).
+    the disk, and an image that does not decode (unless `on_bad_image: skip`); OSError when reading or writing fails.
     """
     names = None if recipe.classes is None else _read_class_list(Path(recipe.classes))
     classes, samples = SOURCES[recipe.source.kind](Path(recipe.source.path), names)
@@ -63,7 +64,7 @@ def pack(recipe: PackRecipe) -> PackManifest:
     output, log = Path(recipe.output), _Log()
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_room(output, sum(sizes))
-    with atomic_path(output) as partial:
+    with atomic_path(manifest_path(output)) as partial_manifest, atomic_path(output) as partial:
         beton_bytes = write_beton(partial, _images(recipe, samples, log), len(samples), max(sizes))
         if not log.keys:
             raise DataError(
@@ -72,6 +73,7 @@ def pack(recipe: PackRecipe) -> PackManifest:
         manifest = PackManifest(
             recipe=recipe,
             beton_bytes=beton_bytes,
+            tables_crc32=tables_crc32(partial, len(log.keys)),
             classes=tuple(classes),
             keys=tuple(log.keys),
             crc32=tuple(log.crc32),
@@ -80,8 +82,8 @@ def pack(recipe: PackRecipe) -> PackManifest:
             skipped=tuple(log.skipped),
             libraries=library_versions(),
         )
-        manifest_path(output).unlink(missing_ok=True)  # a crash before the new one must not leave a pair that disagrees
-    write_atomically(manifest_path(output), manifest.model_dump_json().encode())
+        partial_manifest.write_text(manifest.model_dump_json(), encoding="utf-8")
+        manifest_path(output).unlink(missing_ok=True)  # a crash between the two must not leave a pair that disagrees
     save_recipe(recipe, output.with_suffix(".recipe.yaml"))
     return manifest
 
@@ -98,20 +100,20 @@ def image_folder(root: Path, classes: list[str] | None) -> tuple[list[str], list
             f"source.path: expected class folders in {str(root)!r}, found none; images belong in root/CLASS/"
         )
     names = folders if classes is None else classes
-    unknown = [folder for folder in folders if folder not in set(names)]
+    unknown = sorted(set(folders) - set(names))
     if unknown:
         raise DataError(f"{root}: expected folders named in the class list, found {_few(unknown)}; add or remove them")
     index = {name: label for label, name in enumerate(names)}
-    found = {name: sorted(_image_files(root / name)) for name in folders}
+    found = {name: list(_image_files(root / name)) for name in folders}
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise DataError(
             f"{root}: expected images in every class folder, found none in {_few(empty)}; add or remove them"
         )
-    samples = [
+    samples = (
         Sample(path.relative_to(root).as_posix(), index[name], path) for name, files in found.items() for path in files
-    ]
-    return names, samples
+    )
+    return names, sorted(samples, key=lambda sample: sample.key)
 
 
 SOURCES: dict[str, Callable[[Path, list[str] | None], tuple[list[str], list[Sample]]]] = {"imagefolder": image_folder}
@@ -128,17 +130,19 @@ def encode(data: bytes, max_side: int | None) -> tuple[bytes, int, int, bool]:
             width, height = image.size
             upright = image.getexif().get(ORIENTATION, 1) == 1
             fits = max_side is None or max(width, height) <= max_side
-            plain = image.format == "JPEG" and image.mode in ("L", "RGB")
+            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")  # MPO: a JPEG with others behind it
             if upright and fits and plain and decodes(data, height, width):
                 return data, width, height, False
+            if image.mode[0] in "IF":
+                raise ValueError(f"its samples have more than 8 bits (PIL's mode {image.mode})")
             rgb = ImageOps.exif_transpose(image).convert("RGB")
+        if max_side is not None:
+            rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        rgb.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        return stream.getvalue(), rgb.width, rgb.height, True
     except Exception as error:  # PIL raises nearly anything on broken files
         raise BadImage(str(error) or type(error).__name__) from None
-    if max_side is not None:
-        rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    rgb.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return stream.getvalue(), rgb.width, rgb.height, True
 
 
 def _images(recipe: PackRecipe, samples: list[Sample], log: _Log) -> Iterator[PackedImage]:
@@ -155,7 +159,7 @@ def _images(recipe: PackRecipe, samples: list[Sample], log: _Log) -> Iterator[Pa
             if isinstance(result, BadImage):
                 if recipe.on_bad_image == "error":
                     raise DataError(
-                        f"{sample.path}: expected an image, found one that does not decode ({result}); "
+                        f"{sample.path}: expected an 8-bit image, found one that does not decode ({result}); "
                         "remove it, or set on_bad_image: skip"
                     )
                 log.skipped.append(sample.key)
@@ -193,9 +197,9 @@ def _image_files(folder: Path) -> Iterator[Path]:
 def _read_class_list(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"classes: expected a readable file with one class name a line, found: {error}") from None
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice or not names:
         raise DataError(f"{path}: expected different class names, one a line, found {_few(twice) if twice else 'none'}")
     return names

@@ -133,7 +133,7 @@ def load_recipe(model: type[M], path: str | Path, overrides: Sequence[Override] 
 def dump_recipe(recipe: Model) -> str:
     """The resolved recipe as YAML; loading it again gives an equal recipe."""
     stream = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # keep the order of the model, which is the order of the work
     yaml.dump(recipe.model_dump(mode="json"), stream)
@@ -207,11 +207,12 @@ def _problems(error: ValidationError, name: str, overridden: set[str]) -> list[s
         if problem["type"] == "too_short" and any(p["loc"][:depth] == problem["loc"] != p["loc"] for p in problems):
             continue  # pydantic counts a list's valid items only; the invalid ones have lines of their own
         dotted = ".".join(str(part) for part in problem["loc"])
-        where = f"--{dotted}" if dotted in overridden else f"{name}: {dotted}".removesuffix(": ")
+        by_option = [option for option in overridden if f"{option}.".startswith(f"{dotted}.") and dotted]
+        where = f"--{by_option[0]}" if by_option else f"{name}: {dotted}".removesuffix(": ")
         if problem["type"] == "missing":
             lines.append(f"{where}: missing key")
         elif problem["type"] == "value_error":
-            lines.append(f"{where}: {problem['ctx']['error']}")
+            lines.append(f"{where}: {problem.get('ctx', {}).get('error')}")
         else:
             what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
             lines.append(f"{where}: {what[0].lower()}{what[1:]} (got {json.dumps(problem['input'], default=str)})")

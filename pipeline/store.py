@@ -114,10 +114,11 @@ class Store:
         return sum(self.stored_bytes().values()) / max(1, int(labelled))
 
     def _read(self, name: str, view: int, block: int) -> NDArray[Any]:
-        where, remedy = self._where(view, block), self._remedy(view, block)
-        return self._group.read(name, self._place(view, block), where, remedy)
+        return self._group.read(name, self._place(view, block), self._where(view, block), self._remedy(view, block))
 
     def _digest(self, view: int, block: int) -> int:
+        assert 0 <= view < self.manifest.views.count, f"view {view} of {self.manifest.views.count}"
+        assert 0 <= block < self.blocks, f"block {block} of {self.blocks}"
         where, remedy = self._where(view, block), self._remedy(view, block)
         return int(self._group.read("block_digest", (view, block), where, remedy))
 

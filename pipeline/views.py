@@ -12,20 +12,18 @@ import math
 from decimal import Context, Decimal
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numba import njit, prange, types
 from numpy.typing import NDArray
 
 from pipeline.recipe import ViewRecipe
 
-numba.config.THREADING_LAYER = "tbb"  # numba's own layer aborts on concurrent use, OpenMP does not survive a fork
-
 CENTRE = -1  # the view number of the centre crop that validation uses: no draws
 ONE = 1 << 20  # fixed-point fractions have 20 bits
 ASPECTS = 4096  # aspect ratios are drawn from this many, evenly spaced in log space
 CROP_TRIES = 10
 FLIP_WORD = 64
+CHANGED = 1  # the status of an image whose bytes are not those that were packed; the JPEG decoder's own is -1
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEY_SALT = np.uint64(0xD1342543DE82EF95)
@@ -155,39 +153,74 @@ def view_geometry(p, key, view, height, width):
     if view == CENTRE:
         return (*centre_box(height, width, p.centre), False)
     state = stream(p.seed, key, view)
-    box = crop_box(state, height, width, p) if p.random_crop else centre_box(height, width, p.centre)
+    box = crop_box(state, height, width, p) if p.random_crop else centre_box(height, width, ONE)
     return (*box, draw_below(state, FLIP_WORD, ONE) < p.flip)
 
 
-@njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def render(rows, views, keys, offsets, lengths, heights, widths, file, p, threads, pixels, status):
-    """Render view views[i] of row rows[i] into pixels[i] (uint8 [S, S, 3], RGB); status[i] is 0 when it decoded.
+def _crc_tables() -> NDArray[np.uint32]:
+    """Row k, column b: what byte b does to a CRC-32 (zlib's) once k more bytes have passed."""
+    tables = np.zeros((8, 256), np.uint32)
+    tables[0] = np.arange(256)
+    for _ in range(8):
+        tables[0] = np.where(tables[0] & 1, tables[0] >> 1 ^ 0xEDB88320, tables[0] >> 1)
+    for k in range(1, 8):
+        tables[k] = tables[k - 1] >> 8 ^ tables[0][tables[k - 1] & 0xFF]
+    return tables
 
-    Resizing is OpenCV's area interpolation, through FFCV. `file` is the mapped .beton, the columns are a Beton's, `threads` is what
-    numba.set_num_threads was set to (numba does not cache code that asks for it).
+
+_CRC = _crc_tables()
+
+
+@njit(nogil=True, error_model="numpy")
+def crc32(data):
+    """zlib.crc32 of uint8 [N], eight bytes a step."""
+    crc = np.uint32(0xFFFFFFFF)
+    whole = len(data) // 8 * 8
+    for i in range(0, whole, 8):
+        low = crc ^ np.uint32(data[i] | data[i + 1] << 8 | data[i + 2] << 16 | data[i + 3] << 24)
+        crc = (
+            _CRC[7, low & 0xFF] ^ _CRC[6, low >> 8 & 0xFF] ^ _CRC[5, low >> 16 & 0xFF] ^ _CRC[4, low >> 24 & 0xFF]
+            ^ _CRC[3, data[i + 4]] ^ _CRC[2, data[i + 5]] ^ _CRC[1, data[i + 6]] ^ _CRC[0, data[i + 7]]
+        )  # fmt: skip
+    for i in range(whole, len(data)):
+        crc = crc >> 8 ^ _CRC[0, (crc ^ data[i]) & 0xFF]
+    return np.uint32(crc ^ 0xFFFFFFFF)
+
+
+@njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def render(rows, views, keys, crcs, offsets, lengths, heights, widths, file, p, parts, pixels, status):
+    """Render view views[i] of row rows[i] into pixels[i] (uint8 [S, S, 3], RGB); status[i] is 0 when that worked.
+
+    Resizing is OpenCV's area interpolation, through FFCV. `file` is the mapped .beton, the columns are a Beton's. The
+    rows are dealt to `parts` parts that run in parallel, each with a buffer of its own whichever thread runs it.
     """
     largest = 0
     for i in range(len(rows)):
         largest = max(largest, heights[rows[i]] * widths[rows[i]])
-    decoded = np.empty((threads, 3 * largest), np.uint8)
+    decoded = np.empty((parts, 3 * largest), np.uint8)
     size = pixels.shape[1]
-    for i in prange(len(rows)):
-        row = rows[i]
-        height, width = heights[row], widths[row]
-        jpeg = file[offsets[row] : offsets[row] + lengths[row]]
-        image = decoded[numba.get_thread_id()]
-        status[i] = _imdecode(
-            jpeg.ctypes.data, np.uint64(jpeg.size), np.uint32(height), np.uint32(width), image.ctypes.data,
-            np.uint32(height), np.uint32(width), np.uint32(0), np.uint32(0), np.uint32(1), np.uint32(1), False, False,
-        )  # fmt: skip
-        top, left, box_height, box_width, flip = view_geometry(p, keys[row], views[i], height, width)
-        out = pixels[i]
-        _resize(
-            0, image.ctypes.data, height, width, top, top + box_height, left, left + box_width,
-            out.ctypes.data, size, size,
-        )  # fmt: skip
-        if flip:
-            out[:, :] = out[:, ::-1].copy()
+    for part in prange(parts):
+        image = decoded[part]
+        for i in range(part, len(rows), parts):
+            row = rows[i]
+            height, width = heights[row], widths[row]
+            jpeg = file[offsets[row] : offsets[row] + lengths[row]]
+            status[i] = CHANGED
+            if crc32(jpeg) != crcs[row]:  # the decoder lets half of all flipped bits pass
+                continue
+            status[i] = _imdecode(
+                jpeg.ctypes.data, np.uint64(jpeg.size), np.uint32(height), np.uint32(width), image.ctypes.data,
+                np.uint32(height), np.uint32(width), np.uint32(0), np.uint32(0), np.uint32(1), np.uint32(1),
+                False, False,
+            )  # fmt: skip
+            top, left, box_height, box_width, flip = view_geometry(p, keys[row], views[i], height, width)
+            out = pixels[i]
+            _resize(
+                0, image.ctypes.data, height, width, top, top + box_height, left, left + box_width,
+                out.ctypes.data, size, size,
+            )  # fmt: skip
+            if flip:
+                out[:, :] = out[:, ::-1].copy()
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

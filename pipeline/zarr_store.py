@@ -172,6 +172,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path}: expected to write labels, found: {error}; what was labelled before is kept, "
-            "and labelling continues there when it is run again"
+            f"{path}: expected to write, found: {error}; make room or check permissions, then run again: "
+            "finished blocks are kept"
         ) from error

@@ -6,6 +6,7 @@ changed; runs/demo/stages.json remembers them with their seconds.
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -101,17 +102,27 @@ def main() -> int:
 
 
 def run(command: tuple[str, ...]) -> int:
-    """Run a stage; a Ctrl-C reaches it, and it is given the time to end cleanly."""
-    process = subprocess.Popen(command)
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    }
+    """Run a stage. SIGINT and SIGTERM reach all of its processes, and they are given the time to end cleanly."""
+    process = subprocess.Popen(command, start_new_session=True)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: _signal_all(process.pid, number)) for number in numbers}
     try:
-        return process.wait()
+        status = process.wait()
+        while _signal_all(process.pid, 0):  # a launcher may end before the process that it launched
+            time.sleep(0.1)
+        return status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _signal_all(group: int, number: int) -> bool:
+    """Whether there was a process of the group to send the signal to."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def remove(product: Path) -> None:
@@ -174,9 +185,7 @@ def report(seconds: dict[str, float]) -> None:
     )
     write_atomically(RUNS / "results.md", f"{table}\n".encode())
     write_atomically(RUNS / "results.json", json.dumps(results, indent=2).encode())
-    print(
-        f"\n{table}\n\nwritten to {RUNS / 'results.md'} and {RUNS / 'results.json'}; the folded student is in {EXPORT / 'student'}"
-    )
+    print(f"\n{table}\n\nwritten to {RUNS}/results.md and results.json; the folded student is in {EXPORT / 'student'}")
 
 
 if __name__ == "__main__":

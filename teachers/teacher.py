@@ -5,9 +5,11 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
+import timm.data
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -49,9 +51,10 @@ def load_teacher(model: str, checkpoint: str | None, size: int, classes: int) ->
     Raises TeacherError: unknown name, weights that are missing, unreadable or of another model, another class count.
     """
     _check_name(model)
-    options = {"num_classes": classes} if checkpoint else {}
+    options: dict[str, Any] = {"num_classes": classes} if checkpoint else {}
+    options |= _input_size(model, size)
     try:
-        network = timm.create_model(model, pretrained=checkpoint is None, **_input_size(model, size), **options)
+        network = timm.create_model(model, pretrained=checkpoint is None, **options)
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise TeacherError(f"teacher {model}: expected weights that timm can load, found: {error}") from None
     if checkpoint:
@@ -92,7 +95,7 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise TeacherError(f"{path}: expected teacher weights, found no file; check `checkpoint`") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TeacherError(
             f"{path}: expected tensors only (.safetensors, or .pth without pickled code), found: {reason}; "
             "save the state_dict alone"

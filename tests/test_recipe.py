@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.cli import overrides
 from pipeline.errors import RecipeError
-from pipeline.recipe import LabelRecipe, PackRecipe, ViewRecipe, dump_recipe, first_difference, load_recipe
+from pipeline.recipe import LabelRecipe, Model, PackRecipe, ViewRecipe, dump_recipe, first_difference, load_recipe
 from trainer.recipe import TrainRecipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -36,7 +36,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def problems(tmp_path: Path, text: str, *changes: tuple[str, str], model=LabelRecipe) -> list[str]:
+def problems(tmp_path: Path, text: str, *changes: tuple[str, str], model: type[Model] = LabelRecipe) -> list[str]:
     path = write(tmp_path, text)
     with pytest.raises(RecipeError) as error:
         load_recipe(model, path, changes)

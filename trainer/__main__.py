@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
@@ -26,11 +27,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     result = evaluate(recipe, arguments.weights)
-    print(
-        f"{arguments.weights}: top-1 {result['top1']:.2f} % of {result['images']} images, {result['parameters']} parameters"
-    )
+    figures = f"top-1 {result.top1:.2f} % of {result.images} images, {result.parameters} parameters"
+    print(f"{arguments.weights}: {figures}")
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(result).encode())
+        write_atomically(arguments.json, json.dumps(result._asdict()).encode())
     return 0
 
 
@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add_verb(
@@ -59,7 +59,7 @@ def main() -> int:
     exporting = add_verb(verbs, "export", "fold a run's student and write a timm folder", _export, config=False)
     exporting.add_argument("--run", type=Path, required=True, dest="run_folder")
     exporting.add_argument("--out", type=Path, required=True)
-    return run(parser)
+    return run(parser, arguments)
 
 
 if __name__ == "__main__":

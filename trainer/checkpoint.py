@@ -1,4 +1,5 @@
-"""A run's folder: recipe.yaml, classes.txt, last.pt (everything to go on with), metrics.jsonl, model.safetensors (the result)."""
+"""A run's folder: recipe.yaml, classes.txt, metrics.jsonl, last.pt (everything to go on with), model.safetensors (the
+result, written at the end)."""
 
 import json
 import pickle
@@ -56,7 +57,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FormatError(
             f"{path}: expected a checkpoint of tensors and plain values, found: {reason}; "
             "delete it to start this run again, or name another output"

@@ -95,15 +95,16 @@ def _check_classes(recipe: TrainRecipe, beton: Beton) -> None:
     found = len(beton.manifest.classes)
     if found != recipe.student.num_classes:
         raise DataError(
-            f"{beton.path}: expected {recipe.student.num_classes} classes, as the student has, found {found}; correct one"
+            f"{beton.path}: expected {recipe.student.num_classes} classes, as the student has, "
+            f"found {found}; correct one"
         )
 
 
 def _join(recipe: DataRecipe, beton: Beton, store: Store) -> TrainingSet:
     if store.manifest.class_list_digest != text_digest(beton.manifest.classes):
         raise DataError(
-            f"{recipe.labels}: expected labels of the class list of {beton.path}, found those of another; label these images, "
-            "or pack them with the same `classes` file"
+            f"{recipe.labels}: expected labels of the class list of {beton.path}, found those of another; "
+            "label these images, or pack them with the same `classes` file"
         )
     order = np.argsort(store.keys)
     place = order[np.searchsorted(store.keys, beton.keys, sorter=order).clip(max=len(order) - 1)]
@@ -117,8 +118,9 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> TrainingSet:
     missing = np.flatnonzero(~found)
     if len(missing) and recipe.missing_labels == "error":
         raise DataError(
-            f"{recipe.labels}: expected labels for all {len(beton)} images of {beton.path}, found none for {len(missing)}, "
-            f"such as {_few(beton, missing)}; label them, or leave them out with data.missing_labels: skip"
+            f"{recipe.labels}: expected labels for all {len(beton)} images of {beton.path}, "
+            f"found none for {len(missing)}, such as {_few(beton, missing)}; "
+            "label them, or leave them out with data.missing_labels: skip"
         )
     return TrainingSet(beton, store.manifest.views, np.flatnonzero(found), store, np.where(found, place, -1))
 

@@ -1,6 +1,7 @@
 """Predictions of a student on the centre view of a packed validation set."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +40,19 @@ def top1(accelerator: Accelerator, student: Student, loader: ViewLoader, beton: 
     rows = np.arange(accelerator.process_index, len(beton), accelerator.num_processes)
     right = predict(accelerator, student, loader, rows) == torch.from_numpy(beton.labels[rows])
     total = accelerator.reduce(right.sum().to(accelerator.device))
-    return 100 * float(total) / len(beton)
+    return 100 * int(total) / len(beton)  # pyright: ignore[reportArgumentType]
 
 
-def evaluate(recipe: TrainRecipe, weights: Path) -> dict[str, float | int | list[int]]:
+class Evaluation(NamedTuple):
+    """top1 in percent; predictions: the predicted class of each row of the validation set."""
+
+    top1: float
+    images: int
+    parameters: int
+    predictions: list[int]
+
+
+def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
     """Evaluate a run's weights (.safetensors, of the student as trained) or an exported folder (through stock timm)."""
     accelerator = make_accelerator("evaluate")
     beton = open_validation_set(recipe)
@@ -50,9 +60,5 @@ def evaluate(recipe: TrainRecipe, weights: Path) -> dict[str, float | int | list
     loader = validation_loader(recipe, beton, accelerator)
     predicted = predict(accelerator, student.to(accelerator.device), loader, np.arange(len(beton)))
     right = int((predicted == torch.from_numpy(beton.labels)).sum())
-    return {
-        "top1": 100 * right / len(beton),
-        "images": len(beton),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "predictions": predicted.tolist(),
-    }
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return Evaluation(100 * right / len(beton), len(beton), parameters, predicted.tolist())

@@ -50,7 +50,7 @@ class LossRecipe(Model):
 
 
 def _optimizer_name(name: str) -> str:
-    known = timm.optim.list_optimizers()
+    known = [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["adamw", "lamb", "sgd"]
         raise ValueError(f"expected an optimiser of timm.optim, near: {', '.join(near)} (got {name!r})")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import safetensors.torch
 import timm
+import timm.data
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn

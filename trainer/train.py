@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ import timm.optim
 import timm.scheduler
 import torch
 from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pipeline.beton import Beton
 from pipeline.errors import DataError
 from pipeline.launch import StopSignal, make_accelerator
 from pipeline.loader import ViewLoader
@@ -75,7 +74,7 @@ class _State:
     student: Student
     model: nn.Module  # the student, wrapped for its device and processes
     optimizer: Any  # accelerate's, around one of timm's
-    schedule: timm.scheduler.scheduler.Scheduler
+    schedule: Scheduler
     ema: ModelEmaV3 | None
     metrics: list[dict[str, float]]
 
@@ -104,7 +103,8 @@ class _State:
             soft = labels.soft(batch.rows, self.recipe.loss.temperature, self.accelerator.device) if labels else None
             losses.append(self._step(epoch * self.steps + len(losses), batch, soft))
             progress.update()
-        loss = float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
+        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+        loss = float(mean)  # pyright: ignore[reportArgumentType]
         if not np.isfinite(loss):
             raise DataError(
                 f"epoch {epoch + 1}: expected a finite loss, found {loss}; lower optimizer.lr, or warm up longer"
@@ -177,7 +177,7 @@ def _start(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet,
     return state
 
 
-def _schedule(recipe: TrainRecipe, optimizer: Optimizer, steps: int) -> timm.scheduler.scheduler.Scheduler:
+def _schedule(recipe: TrainRecipe, optimizer: Optimizer, steps: int) -> Scheduler:
     """The learning rate as a function of the number of updates, warming up from zero."""
     schedule, _ = timm.scheduler.create_scheduler_v2(
         optimizer,

@@ -36,9 +36,8 @@ def build_student(
 
 def _build_timm(model: str, num_classes: int, pretrained: bool) -> nn.Module:
     # A name may carry a tag (resnet18.a1_in1k), but no source: timm would look hf-hub:... up on the network.
-    tagged = "." in model
-    names = timm.list_models(include_tags=tagged)
-    if model not in names and (tagged or not timm.is_model(model)):
+    names = timm.list_models(include_tags="." in model)
+    if model not in names:
         raise _unknown("timm", model, names)
     if not pretrained:
         return timm.create_model(model, num_classes=num_classes)

