@@ -172,7 +172,7 @@ def _header(count: int, page: int, table_position: int) -> bytes:
 
 def _read_manifest(path: Path) -> PackManifest:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{path}: expected the manifest of the .beton beside it, found none; copy it too, or pack again"
@@ -194,7 +194,8 @@ def _beton(path: Path, manifest: PackManifest, rows: NDArray, table: NDArray, ta
     lengths = table["size"][place]
     if not len(rows) == len(table) == len(manifest.keys):
         raise ValueError(f"{len(rows)} rows and {len(table)} images for {len(manifest.keys)} keys")
-    if (table["ptr"][place] != offsets).any() or (offsets + lengths > table_position).any():
+    ends = np.array([offsets, lengths, offsets + lengths])  # unsigned: a sum alone could wrap around
+    if (table["ptr"][place] != offsets).any() or (ends > table_position).any():
         raise ValueError("rows that point outside the image data")
     if (lengths != np.array(manifest.sizes, np.uint64)).any():
         raise ValueError("image sizes that differ from the manifest's")

@@ -26,8 +26,9 @@ DATA, RUNS, EXPORT, CONFIGS = Path("data/demo"), Path("runs/demo"), Path("export
 STAGES = RUNS / "stages.json"
 BIN = Path(sys.executable).parent
 PYTHON = (str(BIN / "python"), "-m")
-LAUNCH = (str(BIN / "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
-LAUNCH += ("--dynamo_backend", "no", "-m")
+# One thread: on images this small a second one gains nothing and suffers from whatever else the machine does.
+LAUNCH = (str(BIN / "accelerate"), "launch", "--quiet", "--num_processes", "1", "--num_cpu_threads_per_process", "1")
+LAUNCH += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -112,7 +113,9 @@ def test_rows_are_in_the_order_of_their_keys(root: Path) -> None:
 
 
 def test_key_digest_is_blake2b() -> None:
-    assert key_digest("n01440764/n01440764_18.JPEG") == 0xF52EF0DAB40CEDEC
+    """As `b2sum --length=64` prints it, read as a little-endian integer."""
+    digest = bytes.fromhex("e9c4bdafef9197a5")
+    assert key_digest("n01440764/n01440764_18.JPEG") == int.from_bytes(digest, "little")
 
 
 def test_manifest_describes_every_row(photos: Beton) -> None:
@@ -420,7 +423,7 @@ def test_a_crash_between_the_two_files_is_noticed(root: Path, packed: Path, monk
     monkeypatch.setattr("os.replace", replace)
     with pytest.raises(KeyboardInterrupt):
         pack_folder(root)
-    with pytest.raises(DataError, match="expected the manifest of the .beton beside it, found none"):
+    with pytest.raises(DataError, match=r"expected the manifest of the \.beton beside it, found none"):
         open_beton(packed)
 
 
@@ -486,7 +489,7 @@ def test_colliding_digests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_name_that_is_not_utf8(root: Path) -> None:
-    shutil.copy(root / "a" / "0.jpg", bytes(root / "a") + b"/caf\xe9.jpg")
+    (root / "a" / "0.jpg").rename(root / "a" / os.fsdecode(b"caf\xe9.jpg"))
     with pytest.raises(DataError, match=r"expected file names in UTF-8, found 'a/caf\\udce9\.jpg'; rename it"):
         pack_folder(root)
 
@@ -525,7 +528,7 @@ def test_a_file_of_another_length(change: Callable[[bytes], bytes], packed: Path
 
 def test_garbage_of_the_right_length(packed: Path) -> None:
     packed.write_bytes(np.random.default_rng(0).bytes(packed.stat().st_size))
-    with pytest.raises(FormatError, match="expected the header and tables that .* records, found others"):
+    with pytest.raises(FormatError, match=r"expected the header and tables that .* records, found others"):
         open_beton(packed)
     edit_manifest(packed)
     with pytest.raises(FormatError, match=r"expected FFCV format 2 .*, found: .*; pack again"):
@@ -562,7 +565,7 @@ ROWS_START = HeaderType.itemsize + 2 * beton_module.FieldDescType.itemsize
         ({"data_ptr": 2**64 - 9}, {"ptr": 2**64 - 9}, "rows that point outside the image data"),
         ({}, {"size": 1 << 40}, "rows that point outside the image data"),
         ({}, {"size": 2**64 - 9}, "rows that point outside the image data"),
-        ({}, {"size": 7}, "image sizes that differ from the manifest's"),
+        ({}, {"size": 1}, "image sizes that differ from the manifest's"),
         ({"height": 0}, {}, "rows that are not JPEGs"),
         ({"mode": 1}, {}, "rows that are not JPEGs"),
         ({"label": 2}, {}, "labels outside the class list"),
@@ -603,9 +606,7 @@ def test_tables_that_make_no_sense(row: dict, table: dict, message: str, packed:
 )
 def test_wrong_manifests(changes: dict, message: str, packed: Path) -> None:
     edit_manifest(packed, **changes)
-    with pytest.raises(
-        FormatError, match=rf"manifest\.json: expected a manifest of version 1, .*{message}.*; pack again"
-    ):
+    with pytest.raises(FormatError, match=rf"manifest\.json: expected a manifest of version 1, .*{message}.*; pack"):
         open_beton(packed)
 
 

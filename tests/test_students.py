@@ -196,7 +196,9 @@ def layers(draw):
     padding = draw(st.one_of(*paddings, *([st.just("same")] if stride == (1, 1) else [])))
     geometry = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
     conv = conv_type(channels_in, channels_out, draw(sizes), bias=draw(st.booleans()), **geometry)
-    bn = draw(st.sampled_from([nn.BatchNorm2d, BatchNormAct2d]))(channels_out, eps=draw(st.sampled_from([1e-5, 1e-3])))
+    bn = draw(st.sampled_from([nn.BatchNorm2d, BatchNormAct2d]))(
+        channels_out, *draw(st.sampled_from([(1e-5, 0.1), (1e-3, None)]))
+    )
     x = torch.randn(3, channels_in, draw(st.integers(13, 16)), draw(st.integers(13, 16)))
     wanted = {"branches": draw(st.integers(1, 3)), "scale": draw(st.booleans()), "identity": draw(st.booleans())}
     return conv, bn, x, wanted
@@ -218,6 +220,9 @@ def test_any_layer_starts_equal_and_folds_exactly(layer):
     for training in (True, False):
         assert torch.equal(expanded.train(training)(x), plain.train(training)(x))
     assert (expanded[0].scale is not None) == (wanted["scale"] and conv.kernel_size != (1, 1))
+    assert expanded[0].identity is None or wanted["identity"]
+    norms = [module for module in expanded.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(bn.eps, bn.momentum)}
     folded = fold(randomise(expanded, seed=2))
     reference = expanded(x)
     torch.testing.assert_close(folded(x), reference, rtol=0, atol=1e-12 * max(reference.abs().max().item(), 1.0))
@@ -261,6 +266,11 @@ class Toy(nn.Module):
 
     def forward(self, x):
         return self.run(self, x)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
 
 
 class SelfFolding(Toy):
@@ -356,6 +366,7 @@ TOYS = {
         lambda m, x: m.bn(m.drop(m.conv(x))),
         [],
     ),
+    "subclass that does more": (lambda: {"conv": Doubled(4, 4, 1), "bn": bn()}, in_sequence, []),
     "standardised weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, []),
     "parametrised weight": (
         lambda: {"conv": nn.utils.parametrizations.weight_norm(conv()), "bn": bn()},
@@ -390,6 +401,8 @@ def test_pairs_of_models(name):
 @pytest.mark.parametrize("broken", [False, True])
 def test_trace_leaves_no_trace(broken):
     def run(model, x):
+        assert not model.training
+        assert not torch.is_grad_enabled()
         y = model.bn2(model.conv2(model.bn(model.conv(x))))
         if broken:
             raise RuntimeError("no such size")
@@ -536,6 +549,7 @@ def test_folded_model_keeps_modes_and_shares_nothing():
     folded = fold(model)
     assert folded.training
     assert folded.get_submodule("2").training
+    assert folded.state_dict()["5.num_batches_tracked"] == 3
     assert not folded.get_submodule("5").training
     assert not {p.data_ptr() for p in folded.parameters()} & {p.data_ptr() for p in model.parameters()}
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in folded.parameters())
@@ -558,7 +572,7 @@ def test_fold_inside_a_wrapper_and_of_a_part():
 
 def test_expand_in_two_goes_and_again_after_fold():
     model = expand(small().double(), small_images()[:1], kinds=["depthwise"], branches=2)
-    expand(model, small_images()[:1], kinds=["pointwise"], branches=4)
+    expand(model, small_images()[:1], branches=4)
     counts = [len(module.conv_bns()) for module in model.modules() if isinstance(module, MultiBranchConv)]
     assert counts == [2, 4, 4]
     again = expand(fold(train(randomise(model), 1)), small_images()[:1])
