@@ -35,6 +35,7 @@ from pipeline.recipe import ViewRecipe
 from pipeline.views import ViewParameters, centre_fraction, render, view_parameters
 
 llvm.add_symbol("softshard_imdecode", ctypes.cast(libffcv.lib.imdecode, ctypes.c_void_p).value)
+llvm.add_symbol("softshard_crc32", ctypes.cast(ctypes.CDLL("libz.so.1").crc32, ctypes.c_void_p).value)
 llvm.add_symbol("softshard_resize", ctypes.cast(libffcv.lib.resize, ctypes.c_void_p).value)
 
 POLL_SECONDS = 0.2

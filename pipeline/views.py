@@ -28,7 +28,7 @@ CHANGED = 1  # the status of an image whose bytes are not those that were packed
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEY_SALT = np.uint64(0xD1342543DE82EF95)
 
-# The C functions of FFCV; the loader registers them under these names before the first call.
+# C functions of FFCV and zlib; the loader registers them under these names before the first call.
 _imdecode = types.ExternalFunction(
     "softshard_imdecode",
     types.int32(
@@ -37,6 +37,7 @@ _imdecode = types.ExternalFunction(
     ),
 )  # fmt: skip
 _resize = types.ExternalFunction("softshard_resize", types.void(*[types.int64] * 11))
+_crc32 = types.ExternalFunction("softshard_crc32", types.uint64(types.uint64, types.intp, types.uint32))  # zlib's
 
 
 class ViewParameters(NamedTuple):
@@ -157,36 +158,6 @@ def view_geometry(p, key, view, height, width):
     return (*box, draw_below(state, FLIP_WORD, ONE) < p.flip)
 
 
-def _crc_tables() -> NDArray[np.uint32]:
-    """Row k, column b: what byte b does to a CRC-32 (zlib's) once k more bytes have passed."""
-    tables = np.zeros((8, 256), np.uint32)
-    tables[0] = np.arange(256)
-    for _ in range(8):
-        tables[0] = np.where(tables[0] & 1, tables[0] >> 1 ^ 0xEDB88320, tables[0] >> 1)
-    for k in range(1, 8):
-        tables[k] = tables[k - 1] >> 8 ^ tables[0][tables[k - 1] & 0xFF]
-    return tables
-
-
-_CRC = _crc_tables()
-
-
-@njit(nogil=True, error_model="numpy")
-def crc32(data):
-    """zlib.crc32 of uint8 [N], eight bytes a step."""
-    crc = np.uint32(0xFFFFFFFF)
-    whole = len(data) // 8 * 8
-    for i in range(0, whole, 8):
-        low = crc ^ np.uint32(data[i] | data[i + 1] << 8 | data[i + 2] << 16 | data[i + 3] << 24)
-        crc = (
-            _CRC[7, low & 0xFF] ^ _CRC[6, low >> 8 & 0xFF] ^ _CRC[5, low >> 16 & 0xFF] ^ _CRC[4, low >> 24 & 0xFF]
-            ^ _CRC[3, data[i + 4]] ^ _CRC[2, data[i + 5]] ^ _CRC[1, data[i + 6]] ^ _CRC[0, data[i + 7]]
-        )  # fmt: skip
-    for i in range(whole, len(data)):
-        crc = crc >> 8 ^ _CRC[0, (crc ^ data[i]) & 0xFF]
-    return np.uint32(crc ^ 0xFFFFFFFF)
-
-
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def render(rows, views, keys, crcs, offsets, lengths, heights, widths, file, p, parts, pixels, status):
     """Render view views[i] of row rows[i] into pixels[i] (uint8 [S, S, 3], RGB); status[i] is 0 when that worked.
@@ -206,7 +177,7 @@ def render(rows, views, keys, crcs, offsets, lengths, heights, widths, file, p, 
             height, width = heights[row], widths[row]
             jpeg = file[offsets[row] : offsets[row] + lengths[row]]
             status[i] = CHANGED
-            if crc32(jpeg) != crcs[row]:  # the decoder lets half of all flipped bits pass
+            if _crc32(np.uint64(0), jpeg.ctypes.data, np.uint32(jpeg.size)) != crcs[row]:  # the decoder lets half of all flipped bits pass
                 continue
             status[i] = _imdecode(
                 jpeg.ctypes.data, np.uint64(jpeg.size), np.uint32(height), np.uint32(width), image.ctypes.data,

@@ -16,6 +16,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.array_spec import ArrayConfigParams
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from pipeline.errors import DataError, FormatError
 from pipeline.manifest import StoreManifest
@@ -114,18 +116,26 @@ def create_group(path: Path, manifest: StoreManifest, columns: Mapping[str, NDAr
     if path.exists():
         raise DataError(f"{path}: expected a free name for a new store, found a file or folder; remove it, or open it")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            group = zarr.open_group(partial, mode="w", zarr_format=3, attributes=attributes)
-            for name, layout in layouts(manifest).items():
-                array = _create_array(group, name, layout)
-                if name in columns:
-                    array[:] = columns[name]
+            for name, data in _new_group(manifest, columns).items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(data)
             os.rename(partial, path)  # refuses when another process was faster
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _new_group(manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
+    # made in memory: zarr writes several files at a time, and goes on with the others behind our back when one fails
+    files: dict[str, Buffer] = {}
+    attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
+    for name, layout in layouts(manifest).items():
+        array = _create_array(group, name, layout)
+        if name in columns:
+            array[:] = columns[name]
+    return {name: data.to_bytes() for name, data in files.items()}
 
 
 def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array[Any]:

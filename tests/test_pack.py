@@ -150,10 +150,10 @@ def converted(root: Path, data: bytes, name: str = "odd.jpg", **changes) -> tupl
     return image, manifest
 
 
-def assert_alike(image: Image.Image, expected: Image.Image) -> None:
+def assert_alike(image: Image.Image, expected: Image.Image, loss: float = 2.5) -> None:
     assert image.size == expected.size
     difference = np.abs(np.asarray(image, np.int64) - np.asarray(expected.convert("RGB"), np.int64))
-    assert difference.mean() < 2.5, "more than a JPEG of quality 95 loses"
+    assert difference.mean() < loss, "more than a JPEG of quality 95 loses"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "PPM"])
@@ -173,7 +173,7 @@ def test_other_modes_are_converted_as_pil_sees_them(
 ) -> None:
     data = encoded(photographs[1].crop((200, 100, 301, 177)).convert(mode), kind)
     image, manifest = converted(root, data)
-    assert_alike(image, read(data))
+    assert_alike(image, read(data), 3.5 if mode == "P" else 2.5)  # a palette is dithered: noise that a JPEG loses
     assert manifest.converted == 1
 
 
@@ -206,10 +206,10 @@ def test_a_photograph_with_others_behind_it_passes_through(root: Path, photograp
     manifest, beton = pack_folder(root)
     assert manifest.converted == 0
     assert jpeg(beton, 2) == data
-    [batch] = ViewLoader(beton, None, 32, 8, 1, torch.device("cpu")).render(np.array([2]), CENTRE)
-    middle = front.crop((12, 0, 89, 77)).resize((32, 32), Image.Resampling.BOX)
-    difference = batch.images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(middle, int)
-    assert np.abs(difference).mean() < 4
+    [batch] = ViewLoader(beton, None, 77, 8, 1, torch.device("cpu")).render(np.array([2]), CENTRE)
+    expected = np.asarray(read(data).crop((12, 0, 89, 77)), int)
+    difference = np.abs(batch.images[0].permute(1, 2, 0).numpy() - expected)
+    assert difference.mean() < 4, "turbojpeg's fast inverse DCT and PIL's exact one differ by a few steps"
 
 
 def test_a_jpeg_that_only_pil_decodes_is_converted(root: Path, photographs: list[Image.Image]) -> None:
@@ -415,10 +415,10 @@ def test_a_crash_between_the_two_files_is_noticed(root: Path, packed: Path, monk
     """The .beton is new, its manifest is not there yet: never an old manifest beside a new file."""
     spoil(root, "a/0.jpg", lambda _: (root / "b" / "0.jpg").read_bytes())
 
-    def replace(source, target, replace=beton_module.Path.replace) -> None:
+    def replace(source, target, replace=os.replace) -> None:
         if ".manifest" in Path(target).suffixes:
             raise KeyboardInterrupt
-        replace(Path(source), target)
+        replace(source, target)
 
     monkeypatch.setattr("os.replace", replace)
     with pytest.raises(KeyboardInterrupt):

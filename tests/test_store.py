@@ -342,7 +342,15 @@ def test_a_full_disk_leaves_the_block_not_labelled(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("write", [0, 3, 8])
 def test_a_full_disk_leaves_no_half_made_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
-    refuse_writes(monkeypatch, after=write)
+    accept, left = Path.write_bytes, [write]
+
+    def write_or_refuse(self: Path, data: bytes) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return accept(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_or_refuse)
     with pytest.raises(DataError, match="No space left"):
         create(tmp_path / "labels.zarr", make_manifest())
     assert list(tmp_path.iterdir()) == []
@@ -358,7 +366,6 @@ def refuse_writes(patch: pytest.MonkeyPatch, after: int) -> None:
         await accept(*args)
 
     patch.setattr(LocalStore, "set", set_or_refuse)
-    patch.setattr(LocalStore, "set_if_not_exists", set_or_refuse)
 
 
 def test_a_store_is_never_created_over_something(path: Path, tmp_path: Path) -> None:

@@ -206,15 +206,16 @@ def test_labels_are_joined_by_key_not_by_position(inputs: Path) -> None:
     assert torch.equal(one.probability, two.probability)
 
 
-class TestJoin:
-    @pytest.fixture(scope="class")
-    def more(self, inputs: Path) -> Path:
-        """The labelled images and ten more."""
-        write_digits(inputs / "more", 8)
-        shutil.copytree(inputs / "train", inputs / "more", dirs_exist_ok=True)
-        pack_folder(inputs / "more", inputs / "more.beton")
-        return inputs / "more.beton"
+@pytest.fixture(scope="module")
+def more(inputs: Path) -> Path:
+    """The labelled images and ten more."""
+    write_digits(inputs / "more", 8)
+    shutil.copytree(inputs / "train", inputs / "more", dirs_exist_ok=True)
+    pack_folder(inputs / "more", inputs / "more.beton")
+    return inputs / "more.beton"
 
+
+class TestJoin:
     def test_rows_without_labels_are_counted_and_named(self, inputs: Path, more: Path) -> None:
         with pytest.raises(DataError, match=r"for all 80 images of .*more.beton, found none for 10, such as 0/7.jpg"):
             open_training_set(train_recipe(inputs, ("data.train", str(more))))
@@ -278,12 +279,13 @@ def test_hard_labels_alone_train_a_plain_network(inputs: Path, other_run: Path) 
     assert result.images == 20
 
 
-class TestExport:
-    @pytest.fixture(scope="class")
-    def folder(self, run: Path) -> Path:
-        export(run, run.parent / "exported")
-        return run.parent / "exported"
+@pytest.fixture(scope="module")
+def folder(run: Path) -> Path:
+    export(run, run.parent / "exported")
+    return run.parent / "exported"
 
+
+class TestExport:
     def test_stock_timm_loads_the_folder_and_predicts_as_the_run_does(
         self, inputs: Path, run: Path, folder: Path
     ) -> None:
@@ -326,7 +328,7 @@ class TestExport:
 
     def test_weights_that_are_not_safetensors_are_refused(self, inputs: Path, tmp_path: Path) -> None:
         torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
-        with pytest.raises(FormatError, match=r"expected a .safetensors file, found .* pickled weights are not read"):
+        with pytest.raises(FormatError, match=r"expected a .safetensors file, found: .* pickled weights are not read"):
             evaluate(train_recipe(inputs), tmp_path / "weights.pt")
 
 

@@ -1,0 +1,187 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from pipeline.recipe import CropRecipe, ViewRecipe
+from pipeline.views import (
+    CENTRE,
+    CROP_TRIES,
+    ONE,
+    centre_fraction,
+    crop_box,
+    draw,
+    draw_below,
+    stream,
+    stream_states,
+    view_geometry,
+    view_parameters,
+)
+
+RECIPE = ViewRecipe(seed=7, count=100)
+PARAMETERS = view_parameters(RECIPE)
+# (key, view, height, width) -> (top, left, height, width, flip): a change of these changes every store made before
+FROZEN = {
+    (0, 0, 375, 500): (107, 257, 142, 169, 1),
+    (1, 0, 375, 500): (0, 29, 373, 334, 0),
+    (18446744073709551615, 0, 375, 500): (75, 154, 143, 154, 1),
+    (0, 1, 375, 500): (47, 31, 318, 320, 1),
+    (0, 99, 500, 375): (17, 4, 303, 365, 0),
+    (123456789, 12, 224, 224): (56, 41, 95, 76, 1),
+    (5, 3, 28, 28): (3, 6, 25, 20, 1),
+    (5, 4, 1, 1): (0, 0, 1, 1, 0),
+    (77, 8, 3000, 4000): (246, 1244, 2050, 2725, 0),
+    (0, -1, 375, 500): (0, 62, 375, 375, 0),
+}
+KEYS = st.integers(0, 2**64 - 1)
+SIDES = st.integers(1, 5000)
+
+
+def geometry(key: int, view: int, height: int, width: int, parameters=PARAMETERS) -> tuple[int, int, int, int, bool]:
+    return view_geometry(parameters, np.uint64(key), view, np.int64(height), np.int64(width))
+
+
+def boxes(recipe: ViewRecipe, count: int, height: int = 1000, width: int = 1000) -> np.ndarray:
+    parameters = view_parameters(recipe)
+    return np.array([geometry(key, 0, height, width, parameters) for key in range(count)])
+
+
+def test_the_generator_gives_splitmix64s_known_answers() -> None:
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [int(draw(np.uint64(1234567), number)) for number in range(5)] == expected
+
+
+@pytest.mark.parametrize("case", FROZEN, ids=str)
+def test_frozen_views(case: tuple[int, int, int, int]) -> None:
+    assert tuple(map(int, geometry(*case))) == FROZEN[case]
+
+
+def test_streams_of_an_array_are_those_of_its_elements() -> None:
+    keys = np.array([0, 1, 2**63, 2**64 - 1], np.uint64)
+    assert list(stream_states(np.uint64(5), keys, 3)) == [stream(np.uint64(5), key, 3) for key in keys]
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(KEYS, st.integers(0, 10**6), SIDES, SIDES)
+def test_boxes_lie_inside_the_image(key: int, view: int, height: int, width: int) -> None:
+    top, left, box_height, box_width, _ = geometry(key, view, height, width)
+    assert 0 <= top
+    assert 0 <= left
+    assert 1 <= box_height <= height - top
+    assert 1 <= box_width <= width - left
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    KEYS,
+    SIDES,
+    SIDES,
+    st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)),
+)
+def test_boxes_of_every_legal_recipe_lie_inside(key: int, height: int, width: int, scale, ratio) -> None:
+    low, high = sorted(ratio)
+    crop = CropRecipe(scale=tuple(sorted(scale)), ratio=(low, high))
+    top, left, box_height, box_width, _ = geometry(
+        key, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop))
+    )
+    assert min(top, left) >= 0
+    assert 1 <= box_height <= height - top
+    assert 1 <= box_width <= width - left
+
+
+def test_seed_key_and_view_each_change_the_view() -> None:
+    other_seed = view_parameters(ViewRecipe(seed=8, count=100))
+    views = {
+        geometry(1, 1, 500, 400),
+        geometry(2, 1, 500, 400),
+        geometry(1, 2, 500, 400),
+        geometry(1, 1, 500, 400, other_seed),
+    }
+    assert len(views) == 4
+
+
+def test_compiled_parameters_equal_uncompiled_ones() -> None:
+    """No fused or reordered floating point: Python's own arithmetic gives the same boxes."""
+    for key, (height, width) in itertools.product(range(200), [(375, 500), (4000, 6000), (33, 1000)]):
+        state = stream(PARAMETERS.seed, np.uint64(key), 0)
+        compiled = crop_box(state, np.int64(height), np.int64(width), PARAMETERS)
+        assert tuple(compiled) == tuple(crop_box.py_func(state, np.int64(height), np.int64(width), PARAMETERS))
+
+
+def test_area_is_uniform_and_log_aspect_is_uniform() -> None:
+    found = boxes(ViewRecipe(seed=1, count=1, crop=CropRecipe(scale=(0.08, 0.5), ratio=(0.75, 4 / 3))), 4000)
+    area, aspect = found[:, 2] * found[:, 3] / 1e6, np.log(found[:, 3] / found[:, 2])
+    for values, low, high in ((area, 0.08, 0.5), (aspect, math.log(0.75), math.log(4 / 3))):
+        quantiles = (np.sort(values) - low) / (high - low)
+        distance = np.abs(quantiles - np.arange(4000) / 4000).max()
+        assert distance < 1.95 / math.sqrt(4000), "Kolmogorov-Smirnov, p = 0.001"
+
+
+def test_positions_are_uniform() -> None:
+    found = boxes(ViewRecipe(seed=2, count=1, crop=CropRecipe(scale=(0.25, 0.25), ratio=(1.0, 1.0))), 4000)
+    for position in (found[:, 0], found[:, 1]):
+        assert position.min() < 5
+        assert position.max() > 495
+        assert abs(position.mean() - 250) < 4 * 500 / math.sqrt(12 * 4000)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
+def test_flip_rate(probability: float) -> None:
+    rate = boxes(ViewRecipe(seed=3, count=1, hflip=probability), 4000)[:, 4].mean()
+    assert abs(rate - probability) <= 4 * math.sqrt(probability * (1 - probability) / 4000)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 2000), (2000, 20), (100, 1000)])
+def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
+    """Where no try can fit, ten tries end in the centre crop nearest to the allowed aspects."""
+    crop = CropRecipe(scale=(0.9, 1.0), ratio=(0.75, 1.3333))
+    found = geometry(0, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop)))[:4]
+    expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], [0.75, 1.3333])
+    assert np.abs(np.array(found) - expected).max() <= 1
+    assert CROP_TRIES == 10
+
+
+def test_without_a_crop_the_view_is_the_centre_square() -> None:
+    parameters = view_parameters(ViewRecipe(seed=0, count=1, crop=None, hflip=0.0))
+    assert geometry(5, 0, 300, 500, parameters) == (0, 100, 300, 300, False)
+
+
+def test_the_centre_view_draws_nothing() -> None:
+    parameters = view_parameters(RECIPE, 0.5)
+    assert {geometry(key, CENTRE, 300, 500, parameters) for key in range(20)} == {(75, 175, 150, 150, False)}
+
+
+@pytest.mark.parametrize("size", [32, 160, 224, 288])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
+def test_the_centre_crop_is_timms(size: int, crop_pct: float) -> None:
+    """timm resizes the shorter side, then crops; a ramp shows which part of the image is left."""
+    side = 2000
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, side), (side, 1)).astype(np.uint8)).convert("RGB")
+    transform = timm.data.create_transform((3, size, size), is_training=False, crop_pct=crop_pct, normalize=False)
+    left, right = (int(transform(ramp)[0, size // 2, column]) for column in (0, -1))  # pyright: ignore
+    box = geometry(0, CENTRE, side, side, view_parameters(None, centre_fraction(size, crop_pct)))
+    half = box[3] / size / 2  # half a pixel of the output, in pixels of the image
+    assert left == pytest.approx(255 * (box[1] + half) / side, abs=1.5)
+    assert right == pytest.approx(255 * (box[1] + box[3] - half) / side, abs=1.5)
+
+
+def test_integers_below_a_bound_are_uniform() -> None:
+    values = [draw_below(np.uint64(9), number, 10) for number in range(5000)]
+    counts = np.bincount(values, minlength=10)
+    assert len(counts) == 10
+    assert ((counts - 500) ** 2 / 500).sum() < 27.9, "chi squared, 9 degrees of freedom, p = 0.001"
+    assert ONE == 2**20
