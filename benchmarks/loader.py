@@ -36,7 +36,8 @@ def write_photographs(folder: Path, count: int) -> None:
     for number in range(count):
         photograph = photographs[number % 2]
         width, height = int(rng.integers(470, 531)), int(rng.integers(350, 401))
-        left, top = (int(rng.integers(0, limit + 1)) for limit in (photograph.width - width, photograph.height - height))
+        rest = (photograph.width - width, photograph.height - height)
+        left, top = (int(rng.integers(0, limit + 1)) for limit in rest)
         image = photograph.crop((left, top, left + width, top + height))
         image.save(folder / "all" / f"{number:04}.jpg", quality=90)
 

@@ -176,8 +176,8 @@ def render(rows, views, keys, crcs, offsets, lengths, heights, widths, file, p, 
             row = rows[i]
             height, width = heights[row], widths[row]
             jpeg = file[offsets[row] : offsets[row] + lengths[row]]
-            status[i] = CHANGED
-            if _crc32(np.uint64(0), jpeg.ctypes.data, np.uint32(jpeg.size)) != crcs[row]:  # the decoder lets half of all flipped bits pass
+            if _crc32(np.uint64(0), jpeg.ctypes.data, np.uint32(jpeg.size)) != crcs[row]:
+                status[i] = CHANGED  # the decoder itself lets half of all flipped bits pass
                 continue
             status[i] = _imdecode(
                 jpeg.ctypes.data, np.uint64(jpeg.size), np.uint32(height), np.uint32(width), image.ctypes.data,

@@ -1,0 +1,268 @@
+import gc
+import hashlib
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+import torch
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from PIL import Image
+
+import pipeline.loader
+from pipeline.beton import Beton, open_beton
+from pipeline.errors import DataError
+from pipeline.loader import ViewLoader
+from pipeline.recipe import CropRecipe, ViewRecipe
+from pipeline.views import CENTRE, view_geometry, view_parameters
+
+RECIPE = ViewRecipe(seed=1, count=8)
+CPU = torch.device("cpu")
+SIZE = 24
+
+
+def make(beton: Beton, batch_size: int = 16, workers: int = 2, views: ViewRecipe | None = RECIPE) -> ViewLoader:
+    return ViewLoader(beton, views, SIZE, batch_size, workers, CPU)
+
+
+def pixels(loader: ViewLoader, rows: np.ndarray, views: np.ndarray | int) -> torch.Tensor:
+    return torch.cat([batch.images.clone() for batch in loader.render(rows, views)])
+
+
+@pytest.fixture(scope="module")
+def pairs(digits: Beton) -> tuple[np.ndarray, np.ndarray]:
+    """Every row in views 0 to 3."""
+    rows = np.tile(np.arange(len(digits)), 4)
+    return rows, np.repeat(np.arange(4), len(digits))
+
+
+@pytest.fixture(scope="module")
+def expected(digits: Beton, pairs: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    return pixels(make(digits), *pairs)
+
+
+@pytest.fixture
+def copy(digits: Beton, tmp_path: Path) -> Path:
+    """A copy of the digits to damage."""
+    for suffix in (".beton", ".manifest.json"):
+        (tmp_path / f"digits{suffix}").write_bytes(digits.path.with_suffix(suffix).read_bytes())
+    return tmp_path / "digits.beton"
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pixels_do_not_depend_on_batches_and_workers(digits, pairs, expected, batch_size: int, workers: int) -> None:
+    assert torch.equal(pixels(make(digits, batch_size, workers), *pairs), expected)
+
+
+def test_pixels_do_not_depend_on_the_order(digits, pairs, expected) -> None:
+    order = np.random.default_rng(0).permutation(len(pairs[0]))
+    shuffled = pixels(make(digits), pairs[0][order], pairs[1][order])  # views mixed within batches
+    assert torch.equal(shuffled, expected[order])
+
+
+def test_overlapping_epochs_do_not_mix_their_views(digits, expected) -> None:
+    loader, rows = make(digits), np.arange(len(digits))
+    epochs = [loader.render(rows, view) for view in range(4)]
+    parts: list[list[torch.Tensor]] = [[] for _ in epochs]
+    for batches in zip(*epochs, strict=True):
+        for part, batch in zip(parts, batches, strict=True):
+            part.append(batch.images.clone())
+    assert torch.equal(torch.cat([torch.cat(part) for part in parts]), expected)
+
+
+def test_two_loaders_at_once_do_not_disturb_each_other(digits, pairs, expected) -> None:
+    found: dict[int, torch.Tensor] = {}
+
+    def work(workers: int) -> None:
+        found[workers] = pixels(make(digits, 16, workers), *pairs)
+
+    threads = [threading.Thread(target=work, args=(workers,)) for workers in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found[1], expected)
+    assert torch.equal(found[2], expected)
+
+
+IN_ANOTHER_PROCESS = """
+import hashlib, sys, numpy as np, torch
+from pipeline.beton import open_beton
+from pipeline.loader import ViewLoader
+from pipeline.recipe import ViewRecipe
+from pipeline.views import render
+beton = open_beton(sys.argv[1])
+loader = ViewLoader(beton, ViewRecipe(seed=1, count=8), 24, 16, 2, torch.device("cpu"))
+rows = np.tile(np.arange(len(beton)), 4)
+images = torch.cat([batch.images.clone() for batch in loader.render(rows, np.repeat(np.arange(4), len(beton)))])
+print(hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), sum(render.stats.cache_hits.values()))
+"""
+
+
+def test_another_process_renders_the_same_without_compiling(digits, expected) -> None:
+    command = [sys.executable, "-W", "error", "-c", IN_ANOTHER_PROCESS, str(digits.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    digest = hashlib.sha256(expected.contiguous().numpy().tobytes()).hexdigest()
+    assert done.stdout.split() == [digest, "1"], "same pixels, compiled code from the disk"
+
+
+def test_a_forked_child_renders_the_same(digits, pairs, expected) -> None:
+    def work(queue) -> None:
+        queue.put(hashlib.sha256(pixels(make(digits), *pairs).contiguous().numpy().tobytes()).hexdigest())
+
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=work, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == hashlib.sha256(expected.contiguous().numpy().tobytes()).hexdigest()
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def test_batches_say_which_rows_they_hold(digits) -> None:
+    rows = np.array([5, 3, 3, 199, 0])
+    batches = [(b.images.shape, b.rows.tolist(), b.labels.tolist()) for b in make(digits, 2).render(rows, 0)]
+    labels = digits.labels
+    assert batches == [
+        ((2, 3, SIZE, SIZE), [5, 3], [labels[5], labels[3]]),
+        ((2, 3, SIZE, SIZE), [3, 199], [labels[3], labels[199]]),
+        ((1, 3, SIZE, SIZE), [0], [labels[0]]),
+    ]
+    [batch] = make(digits, 8).render(rows, 0)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.images[1], batch.images[2])
+
+
+def test_the_number_of_torch_threads_is_left_alone(digits) -> None:
+    before = torch.get_num_threads()
+    pixels(make(digits, workers=1), np.arange(20), 0)
+    assert torch.get_num_threads() == before
+
+
+def test_views_are_what_an_independent_rendering_gives(photos: Beton) -> None:
+    """PIL decodes, OpenCV resizes. Decoders differ by a step or two in a few pixels."""
+    parameters = view_parameters(RECIPE)
+    data = photos.path.read_bytes()
+    for row in range(len(photos)):
+        if min(photos.heights[row], photos.widths[row]) < 30:
+            continue
+        start, length = photos.offsets[row], photos.lengths[row]
+        image = np.asarray(Image.open(io.BytesIO(data[start : start + length])).convert("RGB"))
+        for view in range(3):
+            key, size = photos.keys[row], (photos.heights[row], photos.widths[row])
+            top, left, height, width, flip = view_geometry(parameters, key, view, *size)
+            crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+            wanted = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA)[:, :: -1 if flip else 1]
+            [batch] = make(photos).render(np.array([row]), view)
+            difference = np.abs(batch.images[0].permute(1, 2, 0).numpy().astype(int) - wanted)
+            assert difference.mean() < 1.5, photos.manifest.keys[row]
+
+
+def test_the_centre_view_is_stock_ffcvs(photos: Beton) -> None:
+    ratio = 0.875
+    stock = Loader(
+        str(photos.path),
+        len(photos),
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={"image": [CenterCropRGBImageDecoder((SIZE, SIZE), ratio)], "label": None},  # pyright: ignore
+    )
+    [(expected,)] = stock
+    loader = ViewLoader(photos, None, SIZE, len(photos), 2, CPU, crop_pct=1.0)
+    loader._decoder._parameters = view_parameters(None, ratio)
+    [batch] = loader.render(np.arange(len(photos)), CENTRE)
+    # FFCV cuts the side down to a whole pixel, this project rounds: compare where both give the same
+    shorter = np.minimum(photos.heights, photos.widths)
+    same = np.flatnonzero((shorter * ratio % 1 < 0.5) & (shorter > 1))
+    assert len(same) > 5
+    assert (batch.images.permute(0, 2, 3, 1).numpy()[same] == np.asarray(expected)[same]).all()
+
+
+def test_a_view_at_another_size_shows_the_same_part(photos: Beton) -> None:
+    row = np.array([int(np.argmax(photos.heights * photos.widths))])
+    recipe = ViewRecipe(seed=0, count=1, crop=CropRecipe(scale=(0.3, 0.6)))
+    [small], [large] = (ViewLoader(photos, recipe, size, 1, 1, CPU).render(row, 0) for size in (32, 96))
+    shrunk = large.images.float().unflatten(3, (32, 3)).unflatten(2, (32, 3)).mean(dim=(3, 5))
+    assert (shrunk - small.images).abs().mean() < 4
+
+
+@pytest.mark.parametrize("damage", ["header", "entropy"])
+def test_a_damaged_image_is_named_and_the_loader_lives_on(copy: Path, damage: str) -> None:
+    beton = open_beton(copy)
+    position = int(beton.offsets[7] + (0 if damage == "header" else beton.lengths[7] // 2))
+    with copy.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x10]))
+    loader = make(open_beton(copy))
+    with pytest.raises(DataError, match=rf"found 1 that have changed, such as {beton.manifest.keys[7]}; copy the file"):
+        pixels(loader, np.arange(len(beton)), 0)
+    assert len(pixels(loader, np.arange(8, 40), 0)) == 32
+
+
+def test_an_exception_in_the_decoding_thread_is_raised(digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_) -> None:
+        raise ValueError("inside an operation")
+
+    monkeypatch.setattr(pipeline.loader, "render", fail)
+    with pytest.raises(RuntimeError, match="the decoding thread died") as error:
+        pixels(make(digits), np.arange(20), 0)
+    assert "inside an operation" in str(error.value.__cause__)
+
+
+def epoch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, pipeline.loader._ViewEpoch)]
+
+
+def test_leaving_early_keeps_threads_and_memory_flat(digits) -> None:
+    loader, rows = make(digits, batch_size=64), np.tile(np.arange(len(digits)), 50)
+
+    def leave_early(times: int) -> int:
+        for _ in range(times):
+            for _ in loader.render(rows, 0):
+                break
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = leave_early(5)
+    after = leave_early(20)
+    assert not epoch_threads()
+    assert after - before < 8 << 20
+
+
+def test_an_exception_in_the_consumer_ends_the_epoch(digits) -> None:
+    def consume(batches: Iterator) -> None:
+        for _ in batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume(make(digits).render(np.arange(len(digits)), 0))
+    deadline = time.monotonic() + 10
+    while epoch_threads() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert not epoch_threads()
+
+
+def test_another_threading_layer_is_refused(digits) -> None:
+    code = "import sys, torch; from pipeline.beton import open_beton; from pipeline.loader import ViewLoader; "
+    code += "ViewLoader(open_beton(sys.argv[1]), None, 8, 1, 1, torch.device('cpu'))"
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue"}
+    command = [sys.executable, "-c", code, str(digits.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "expected the threading layer tbb, found workqueue" in done.stderr
