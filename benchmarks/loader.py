@@ -60,7 +60,7 @@ def sides(beton_path: Path, workers: int) -> dict[str, Callable[[], int]]:
         os_cache=True,
         order=OrderOption.SEQUENTIAL,
         drop_last=False,
-        pipelines={"image": pipeline, "label": None},
+        pipelines={"image": pipeline, "label": None},  # pyright: ignore[reportArgumentType]
     )
     rows = np.arange(len(beton))
     return {

@@ -45,7 +45,10 @@ SIDES = st.integers(1, 5000)
 
 
 def geometry(key: int, view: int, height: int, width: int, parameters=PARAMETERS) -> tuple[int, int, int, int, bool]:
-    return view_geometry(parameters, np.uint64(key), view, np.int64(height), np.int64(width))
+    top, left, box_height, box_width, flip = view_geometry(
+        parameters, np.uint64(key), view, np.int64(height), np.int64(width)
+    )
+    return int(top), int(left), int(box_height), int(box_width), bool(flip)
 
 
 def boxes(recipe: ViewRecipe, count: int, height: int = 1000, width: int = 1000) -> np.ndarray:
