@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+import pipeline.views
 from pipeline.recipe import CropRecipe, ViewRecipe
 from pipeline.views import (
     CENTRE,
-    CROP_TRIES,
     ONE,
     centre_fraction,
-    crop_box,
     draw,
     draw_below,
     stream,
@@ -117,12 +116,39 @@ def test_seed_key_and_view_each_change_the_view() -> None:
     assert len(views) == 4
 
 
-def test_compiled_parameters_equal_uncompiled_ones() -> None:
-    """No fused or reordered floating point: Python's own arithmetic gives the same boxes."""
-    for key, (height, width) in itertools.product(range(200), [(375, 500), (4000, 6000), (33, 1000)]):
-        state = np.uint64(stream(PARAMETERS.seed, np.uint64(key), 0))
-        compiled = crop_box(state, np.int64(height), np.int64(width), PARAMETERS)
-        assert tuple(compiled) == tuple(crop_box.py_func(state, np.int64(height), np.int64(width), PARAMETERS))
+def uncompile(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mix", "stream", "draw", "draw_below", "centre_box", "crop_box", "view_geometry"):
+        monkeypatch.setattr(pipeline.views, name, getattr(pipeline.views, name).py_func)
+
+
+def test_compiled_parameters_equal_uncompiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fused or reordered floating point, no other integers: Python's own arithmetic gives the same geometry."""
+    recipes = [CropRecipe(), CropRecipe(scale=(0.9, 1.0), ratio=(0.1, 7.0)), None]
+    parameters = [view_parameters(ViewRecipe(seed=2**64 - 1, count=1, crop=crop)) for crop in recipes]
+    sizes = [(375, 500), (4000, 6000), (33, 1000), (1, 1)]
+    cases = list(itertools.product([0, 3, 2**63, 2**64 - 1], [0, 1, 99, CENTRE], sizes, parameters))
+    compiled = [geometry(key, view, *size, parameters) for key, view, size, parameters in cases]
+    uncompile(monkeypatch)
+    with np.errstate(over="ignore"):
+        for (key, view, (height, width), parameters), expected in zip(cases, compiled, strict=True):
+            found = pipeline.views.view_geometry(parameters, np.uint64(key), view, np.int64(height), np.int64(width))
+            assert tuple(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tries"),
+    [(500, 500, [0, 1, 2, 3]), (20, 2000, [word for attempt in range(10) for word in (4 * attempt, 4 * attempt + 1)])],
+)
+def test_every_decision_reads_its_own_word(
+    height: int, width: int, tries: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crop that fits at once, and one that never does: ten tries of two words each. The flip's word is fixed."""
+    words: list[int] = []
+    uncompile(monkeypatch)
+    monkeypatch.setattr(pipeline.views, "draw_below", lambda state, number, bound: words.append(number) or bound // 2)
+    with np.errstate(over="ignore"):
+        pipeline.views.view_geometry(PARAMETERS, np.uint64(0), 0, np.int64(height), np.int64(width))
+    assert words == [*tries, 64]
 
 
 def test_area_is_uniform_and_log_aspect_is_uniform() -> None:
@@ -155,11 +181,12 @@ def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
     found = geometry(0, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop)))[:4]
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], [0.75, 1.3333])
     assert np.abs(np.array(found) - expected).max() <= 1
-    assert CROP_TRIES == 10
 
 
-def test_without_a_crop_the_view_is_the_centre_square() -> None:
-    parameters = view_parameters(ViewRecipe(seed=0, count=1, crop=None, hflip=0.0))
+@pytest.mark.parametrize("centre", [1.0, 0.5])
+def test_without_a_crop_the_view_is_the_centre_square(centre: float) -> None:
+    """Whatever the centre view is: a view is a function of the recipe alone."""
+    parameters = view_parameters(ViewRecipe(seed=0, count=1, crop=None, hflip=0.0), centre)
     assert geometry(5, 0, 300, 500, parameters) == (0, 100, 300, 300, False)
 
 
