@@ -3,6 +3,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -123,15 +124,15 @@ def test_another_process_renders_the_same_without_compiling(digits, expected) ->
 
 
 def test_a_forked_child_renders_the_same(digits, pairs, expected) -> None:
-    def work(queue) -> None:  # without torch's own operations: OpenMP, which they use, does not survive a fork
+    def work(results) -> None:  # without torch's own operations: OpenMP, which they use, does not survive a fork
         images = [batch.images.numpy().copy() for batch in make(digits).render(*pairs)]
-        queue.put(hashlib.sha256(np.ascontiguousarray(np.concatenate(images)).tobytes()).hexdigest())
+        results.put(hashlib.sha256(np.ascontiguousarray(np.concatenate(images)).tobytes()).hexdigest())
 
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=work, args=(queue,))
+    results = context.Queue()
+    child = context.Process(target=work, args=(results,))
     child.start()
-    assert queue.get(timeout=60) == hashlib.sha256(expected.contiguous().numpy().tobytes()).hexdigest()
+    assert results.get(timeout=60) == hashlib.sha256(expected.contiguous().numpy().tobytes()).hexdigest()
     child.join(30)
     assert child.exitcode == 0
     assert torch.equal(pixels(make(digits), *pairs), expected), "and the parent goes on"
@@ -261,6 +262,22 @@ def test_an_exception_in_the_decoding_thread_is_raised(digits, monkeypatch: pyte
     with pytest.raises(RuntimeError, match="the decoding thread died") as error:
         pixels(make(digits), np.arange(20), 0)
     assert "inside an operation" in str(error.value.__cause__)
+
+
+def test_what_a_thread_put_before_it_ended_is_not_lost(digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue was empty when it was asked, the thread had ended when that was asked: what it put between counts."""
+    epoch = pipeline.loader._ViewEpoch(make(digits)._loader, np.arange(3), np.zeros(3, np.int64))
+    epoch.join()
+    get, late = epoch.output_queue.get, iter([queue.Empty])
+
+    def get_late(*arguments, **options):
+        for error in late:
+            raise error
+        return get(*arguments, **options)
+
+    monkeypatch.setattr(epoch.output_queue, "get", get_late)
+    assert [len(pixels) for (pixels,) in epoch] == [3]
+    epoch.close()
 
 
 def epoch_threads() -> list[threading.Thread]:

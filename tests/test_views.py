@@ -174,6 +174,35 @@ def test_flip_rate(probability: float) -> None:
     assert abs(rate - probability) <= 4 * math.sqrt(probability * (1 - probability) / 4000)
 
 
+@pytest.mark.parametrize(("key", "drawn"), [(263496, 0), (1329367, ONE - 1)])
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_never_and_always_flip_hold_for_the_extreme_draws(key: int, drawn: int, probability: float) -> None:
+    assert draw_below(stream(np.uint64(0), np.uint64(key), 0), 64, ONE) == drawn
+    parameters = view_parameters(ViewRecipe(seed=0, count=1, hflip=probability))
+    assert geometry(key, 0, 300, 400, parameters)[4] == (probability == 1.0)
+
+
+@pytest.mark.parametrize(("ratio", "axis"), [(2.0, 3), (0.5, 2)])
+def test_a_crop_may_be_as_wide_or_as_high_as_the_image(ratio: float, axis: int) -> None:
+    found = boxes(ViewRecipe(seed=4, count=1, crop=CropRecipe(scale=(0.5, 0.5), ratio=(ratio, ratio))), 50)
+    assert (found[:, axis] == 1000).all()
+    assert (found[:, 5 - axis] == 500).all()
+    assert len(set(found[:, 3 - axis])) > 30, "places differ: it is not the fallback"
+
+
+def test_both_ends_of_the_scale_are_drawn() -> None:
+    """Of two neighbouring areas, about 24 and 48 pixels of 5000 x 5000."""
+    recipe = ViewRecipe(seed=5, count=1, crop=CropRecipe(scale=(1 / ONE, 2 / ONE), ratio=(1.0, 1.0)))
+    assert set(boxes(recipe, 50, 5000, 5000)[:, 2]) == {5, 7}
+
+
+def test_aspects_are_centred_in_their_range() -> None:
+    """4096 of them, the middles of equal steps in log space: a range around 1 gives a ratio and its inverse."""
+    roots = view_parameters(ViewRecipe(seed=0, count=1, crop=CropRecipe(ratio=(0.5, 2.0)))).sqrt_aspect / ONE
+    assert roots * roots[::-1] == pytest.approx(1, abs=4 / ONE)
+    assert np.diff(2 * np.log(roots)) == pytest.approx(math.log(4) / 4096, abs=4 / ONE)
+
+
 @pytest.mark.parametrize(("height", "width"), [(20, 2000), (2000, 20), (100, 1000)])
 def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
     """Where no try can fit, ten tries end in the centre crop nearest to the allowed aspects."""
