@@ -109,7 +109,7 @@ def _load_teacher(accelerator: Accelerator, recipe: LabelRecipe) -> Teacher:
 
 
 def _manifest(recipe: LabelRecipe, beton: Beton, teacher: Teacher) -> StoreManifest:
-    [weight] = [teacher.weight for teacher in recipe.teachers]
+    [wanted] = recipe.teachers
     mean, std = ((channel / 255).flatten().tolist() for channel in (teacher.mean, teacher.std))
     record = TeacherRecord(
         model=teacher.name,
@@ -117,7 +117,7 @@ def _manifest(recipe: LabelRecipe, beton: Beton, teacher: Teacher) -> StoreManif
         size=teacher.size,
         mean=tuple(mean),
         std=tuple(std),
-        weight=weight,
+        weight=wanted.weight,
     )
     return StoreManifest(
         samples=len(beton),

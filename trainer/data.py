@@ -38,6 +38,10 @@ class TrainingSet:
         words = stream_states(np.uint64(seed ^ ORDER_SALT), self.beton.keys[self.rows], epoch)
         return self.rows[np.argsort(words, kind="stable")]
 
+    def steps(self, batch_size: int) -> int:
+        """Updates in an epoch; a last incomplete global batch is left out."""
+        return len(self.rows) // batch_size
+
     def view(self, epoch: int) -> int:
         return epoch % self.views.count
 
@@ -57,10 +61,8 @@ class ViewLabels:
     def soft(self, rows: NDArray[np.int64], temperature: float, device: torch.device) -> SoftLabels:
         """Soft labels of rows of the .beton at a temperature, decoded on the device."""
         codes = self.codes[self.store_rows[rows]]
-        index = torch.from_numpy(codes.index.astype(np.int64))
-        index, gap, tail = (
-            part.to(device, non_blocking=True) for part in (index, *map(torch.from_numpy, (codes.gap, codes.tail)))
-        )
+        parts = (codes.index.astype(np.int64), codes.gap, codes.tail)
+        index, gap, tail = (torch.from_numpy(part).to(device, non_blocking=True) for part in parts)
         return decode(index, gap, tail, self.classes, temperature)
 
 

@@ -7,9 +7,9 @@ import timm.optim
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.recipe import Fraction, Model, ViewRecipe
+from trainer.losses import TailPolicy
 
 Kind = Literal["depthwise", "pointwise"]
-TailPolicy = Literal["drop", "lump", "spread"]
 
 
 class DataRecipe(Model):

@@ -80,8 +80,7 @@ class _State:
 
     @property
     def steps(self) -> int:
-        """Updates in an epoch; a last incomplete global batch is left out."""
-        return len(self.training.rows) // self.recipe.batch_size
+        return self.training.steps(self.recipe.batch_size)
 
     @property
     def evaluated(self) -> Student:
@@ -161,7 +160,7 @@ def _start(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet,
     optimizer = timm.optim.create_optimizer_v2(
         student, recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay
     )
-    schedule = _schedule(recipe, optimizer, len(training.rows) // recipe.batch_size)
+    schedule = _schedule(recipe, optimizer, training.steps(recipe.batch_size))
     model, wrapped = accelerator.prepare(student, optimizer)
     loader = ViewLoader(
         training.beton,
