@@ -177,7 +177,7 @@ def render(rows, views, keys, crcs, offsets, lengths, heights, widths, file, p, 
             height, width = heights[row], widths[row]
             jpeg = file[offsets[row] : offsets[row] + lengths[row]]
             if _crc32(np.uint64(0), jpeg.ctypes.data, np.uint32(jpeg.size)) != crcs[row]:
-                status[i] = CHANGED  # the decoder itself lets half of all flipped bits pass
+                status[i] = CHANGED  # the decoder itself lets many flipped bits pass
                 continue
             status[i] = _imdecode(
                 jpeg.ctypes.data, np.uint64(jpeg.size), np.uint32(height), np.uint32(width), image.ctypes.data,
