@@ -1,6 +1,7 @@
 """python -m pipeline VERB: pack images, label views, look at what came of it."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +9,18 @@ from pathlib import Path
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
 from pipeline.recipe import LabelRecipe, PackRecipe, load_recipe
 
+DAMAGED_STATUS = 1
+
 
 def _pack(arguments: argparse.Namespace) -> int:
     from pipeline.pack import pack
 
     recipe = load_recipe(PackRecipe, arguments.config, arguments.overrides)
     manifest = pack(recipe)
-    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    converted = ", ".join(f"{count} {kind}" for kind, count in manifest.converted.items())
     print(
         f"{recipe.output}: {len(manifest.keys)} images in {len(manifest.classes)} classes, "
-        f"{manifest.beton_bytes / 1e6:.1f} MB, {manifest.converted} converted{skipped}"
+        f"{manifest.beton_bytes / 1e6:.1f} MB; converted: {converted or 'none'}; skipped: {len(manifest.skipped)}"
     )
     return 0
 
@@ -40,11 +43,35 @@ def _label(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from pipeline.verify import verify
+
+    report = verify(arguments.path)
+    for problem in report.problems:
+        print(problem)
+    state = f"{len(report.problems)} not whole" if report.problems else "whole"
+    print(f"{arguments.path}: {report.checked}; {state}")
+    return DAMAGED_STATUS if report.problems else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from pipeline.show import describe, summary
+
+    document = describe(arguments.path)
+    print(json.dumps(document, indent=2) if arguments.json else summary(document))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
     add_verb(verbs, "label", "label views with a teacher (also under `accelerate launch -m`)", _label)
+    help = "check every checksum, image and block of a .beton or a store; 0: whole, 1: the list of what is not"
+    add_verb(verbs, "verify", help, _verify, config=False).add_argument("path", type=Path)
+    show = add_verb(verbs, "show", "what a .beton or a store holds", _show, config=False)
+    show.add_argument("path", type=Path)
+    show.add_argument("--json", action="store_true", help="one JSON document, for programs")
     return run(parser, arguments)
 
 

@@ -22,6 +22,7 @@ class PackManifest(Model):
     """Stands beside a .beton as NAME.manifest.json. keys, crc32 and sizes have one entry for each row, in row order.
 
     Each crc32 is that of the row's JPEG, tables_crc32 that of everything else that is read from the .beton.
+    `converted` counts the images whose bytes were not kept, by reason (pack.py lists the reasons).
     """
 
     format: Literal["softshard-beton"] = "softshard-beton"
@@ -33,7 +34,7 @@ class PackManifest(Model):
     keys: tuple[str, ...] = Field(min_length=1)
     crc32: tuple[Crc32, ...]
     sizes: tuple[Annotated[int, Field(ge=1, lt=2**32)], ...]
-    converted: int
+    converted: dict[str, Annotated[int, Field(ge=1)]]
     skipped: tuple[str, ...]
     libraries: dict[str, str]
 

@@ -56,9 +56,25 @@ class ViewRecipe(Model):
     hflip: Fraction = 0.5
 
 
+class ColumnsRecipe(Model):
+    """Names of the columns of parquet files."""
+
+    image: str = "image"
+    label: str = "label"
+
+
 class SourceRecipe(Model):
-    kind: Literal["imagefolder"]
+    """Where images come from. For tars and parquet, `path` is a file, a folder or a pattern: `{0000..1023}`, `*`."""
+
+    kind: Literal["imagefolder", "webdataset", "parquet"]
     path: str
+    columns: ColumnsRecipe | None = None
+
+    @model_validator(mode="after")
+    def _columns_of_parquet(self) -> "SourceRecipe":
+        if self.columns is not None and self.kind != "parquet":
+            raise ValueError(f"columns belongs to kind: parquet (got kind: {self.kind})")
+        return self
 
 
 class PackRecipe(Model):

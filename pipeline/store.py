@@ -53,7 +53,10 @@ class Store:
         return np.count_nonzero(self._digests(), axis=1)
 
     def is_labelled(self, view: int) -> bool:
-        return all(self._digest(view, block) for block in range(self.blocks))
+        return all(self.is_block_labelled(view, block) for block in range(self.blocks))
+
+    def is_block_labelled(self, view: int, block: int) -> bool:
+        return self._digest(view, block) != 0
 
     def write_block(self, view: int, block: int, codes: Codes) -> None:
         """Commit the codes of one block; it is labelled once this returns.

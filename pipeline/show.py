@@ -1,0 +1,125 @@
+"""What a packed file or a store is, as one document for programs and a summary for people."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.beton import Beton, open_beton
+from pipeline.store import Store, open_store
+
+FIRST = 5  # classes and skipped images that the summary names
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A .beton (a file) or a store (a folder) as plain data. Raises DataError and FormatError as opening it does."""
+    return _store(open_store(path)) if path.is_dir() else _beton(open_beton(path))
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The document for people: `name  value` lines."""
+    lines = _beton_lines(document) if document["kind"] == "beton" else _store_lines(document)
+    return "\n".join(f"{name:12} {value}" for name, value in lines)
+
+
+def _beton(beton: Beton) -> dict[str, Any]:
+    manifest = beton.manifest
+    counts = np.bincount(beton.labels, minlength=len(manifest.classes))
+    return {
+        "kind": "beton",
+        "path": str(beton.path),
+        "images": len(beton),
+        "bytes": manifest.beton_bytes,
+        "image_bytes": _range(beton.lengths),
+        "width": _range(beton.widths),
+        "height": _range(beton.heights),
+        "classes": [{"name": name, "images": int(count)} for name, count in zip(manifest.classes, counts, strict=True)],
+        "converted": manifest.converted,
+        "skipped": list(manifest.skipped),
+        "recipe": manifest.recipe.model_dump(mode="json"),
+        "libraries": manifest.libraries,
+    }
+
+
+def _store(store: Store) -> dict[str, Any]:
+    return {
+        "kind": "store",
+        "path": str(store.path),
+        "blocks": store.blocks,
+        "coverage": store.coverage().tolist(),
+        "bytes": store.stored_bytes(),
+        "bytes_per_view": store.bytes_per_view(),
+        "manifest": store.manifest.model_dump(mode="json"),
+    }
+
+
+def _beton_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
+    classes = document["classes"]
+    counts = _range(np.array([entry["images"] for entry in classes]))
+    return [
+        ("packed file", document["path"]),
+        ("images", f"{document['images']} in {_megabytes(document['bytes'])}"),
+        ("image bytes", _words(document["image_bytes"])),
+        ("width", _words(document["width"])),
+        ("height", _words(document["height"])),
+        ("classes", f"{len(classes)}; images in each: {_words(counts)}"),
+        ("", _few([f"{entry['name']} ({entry['images']})" for entry in classes])),
+        ("converted", ", ".join(f"{count} {kind}" for kind, count in document["converted"].items()) or "none"),
+        ("skipped", f"{len(document['skipped'])}: {_few(document['skipped'])}" if document["skipped"] else "none"),
+        *_leaves("recipe", document["recipe"]),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in document["libraries"].items())),
+    ]
+
+
+def _store_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
+    manifest, blocks = document["manifest"], document["blocks"]
+    size = (
+        f"{_megabytes(sum(document['bytes'].values()))}, {document['bytes_per_view']:.2f} bytes for each image and view"
+    )
+    return [
+        ("store", document["path"]),
+        ("labels", f"top {manifest['top_k']} of {manifest['classes']} classes, {manifest['samples']} images"),
+        ("codes", size),
+        *[("coverage", line) for line in _coverage(document["coverage"], blocks)],
+        *_leaves("views", manifest["views"]),
+        *[line for teacher in manifest["teachers"] for line in _leaves("teacher", teacher)],
+        ("libraries", ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())),
+    ]
+
+
+def _coverage(labelled: Sequence[int], blocks: int) -> list[str]:
+    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labelled']"""
+    lines, first = [], 0
+    for done, views in groupby(labelled):
+        last = first + len(list(views)) - 1
+        which = f"view {first}" if first == last else f"views {first}-{last}"
+        state = "whole" if done == blocks else f"{done} of {blocks} blocks" if done else "not labelled"
+        lines.append(f"{which}: {state}")
+        first = last + 1
+    return lines
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, str]]:
+    """Nested sections as `section.key value`, so that they can be given to a recipe as they stand."""
+    if not isinstance(value, dict):
+        return [(name, "null" if value is None else str(value))]
+    return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
+
+
+def _range(values: NDArray[np.int64]) -> dict[str, float]:
+    return {"min": float(np.min(values)), "median": float(np.median(values)), "max": float(np.max(values))}
+
+
+def _words(values: dict[str, float]) -> str:
+    return f"{values['min']:g} to {values['max']:g}, median {values['median']:g}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:FIRST]) + (f" and {len(names) - FIRST} more" if len(names) > FIRST else "")

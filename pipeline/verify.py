@@ -1,0 +1,66 @@
+"""Check that a packed file or a store is whole: every checksum, every image in full, every labelled block."""
+
+import os
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from pipeline.beton import Beton, decodes, open_beton
+from pipeline.errors import FormatError, SoftshardError
+from pipeline.parallel import in_order
+from pipeline.store import Store, open_store
+
+
+class Report(NamedTuple):
+    """What was checked, for people, and one line for each thing that is not whole."""
+
+    checked: str
+    problems: list[str]
+
+
+def verify(path: Path) -> Report:
+    """Check a .beton (a file) or a store (a folder). Raises DataError when there is nothing, or nothing readable."""
+    try:
+        return _verify_store(open_store(path)) if path.is_dir() else _verify_beton(open_beton(path))
+    except FormatError as error:  # tables, manifests and keys: without them the rest means nothing
+        return Report("the rest was not checked", [str(error)])
+
+
+def _verify_beton(beton: Beton) -> Report:
+    with beton.path.open("rb") as file:
+        found = in_order(lambda row: _image_problem(beton, file, row), range(len(beton)), len(beton), "verify", "img")
+        problems = [problem for problem in found if problem]
+    return Report(f"{len(beton)} images", problems)
+
+
+def _image_problem(beton: Beton, file: BinaryIO, row: int) -> str | None:
+    key, height, width = beton.manifest.keys[row], int(beton.heights[row]), int(beton.widths[row])
+    try:
+        jpeg = os.pread(file.fileno(), int(beton.lengths[row]), int(beton.offsets[row]))
+    except OSError as error:
+        return f"{key}: expected to read it, found: {error.strerror}; copy the file again"
+    if zlib.crc32(jpeg) != beton.crc32[row]:
+        return f"{key}: expected CRC-32 {beton.crc32[row]:08x}, found {zlib.crc32(jpeg):08x}; copy the file again"
+    if not decodes(jpeg, height, width):
+        return f"{key}: expected a JPEG of {width} x {height} pixels, found one that does not decode; pack again"
+    return None
+
+
+def _verify_store(store: Store) -> Report:
+    places = list(np.ndindex(store.manifest.views.count, store.blocks))
+    found = list(in_order(lambda place: _block_problem(store, *place), places, len(places), "verify", "block"))
+    labelled = sum(problem is not None for problem in found)
+    return Report(f"{labelled} of {len(places)} blocks labelled", [problem for problem in found if problem])
+
+
+def _block_problem(store: Store, view: int, block: int) -> str | None:
+    """None: not labelled yet. Empty: whole."""
+    try:
+        if not store.is_block_labelled(view, block):
+            return None
+        store.read_block(view, block)
+    except SoftshardError as error:
+        return str(error)
+    return ""
