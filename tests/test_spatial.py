@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpmath import mp
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
 
 from pipeline import colour, spatial
 
@@ -131,3 +131,29 @@ def test_sharpness_equals_pillow(factor: int, images: list[Pixels]) -> None:
     for image in images:
         expected = ImageEnhance.Sharpness(Image.fromarray(image)).enhance(factor / (1 << colour.FACTOR_BITS))
         np.testing.assert_array_equal(moved(spatial.sharpness, image, factor), np.array(expected))
+
+
+def blurred(image: Pixels, radius: int) -> Pixels:
+    return moved(lambda source, target: spatial.gaussian_blur(source, target, np.empty_like(image), radius), image)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 102, 512, 777, 1024, 1448, 1449, 1536, 2000, 2048, 2508, 2509, 5000, 50000])
+def test_blur_equals_pillow(radius: int, images: list[Pixels]) -> None:
+    for image in images:
+        expected = Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius / (1 << spatial.RADIUS_BITS)))
+        np.testing.assert_array_equal(blurred(image, radius), np.array(expected))
+
+
+def test_blur_equals_pillow_for_every_radius() -> None:
+    image = np.random.default_rng(4).integers(0, 256, (12, 9, 3), np.uint8)
+    for radius in range(4096):
+        expected = Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius / (1 << spatial.RADIUS_BITS)))
+        np.testing.assert_array_equal(blurred(image, radius), np.array(expected))
+
+
+def test_blur_keeps_constants_and_commutes_with_transposing_nearly() -> None:
+    constant = np.full((20, 30, 3), 201, np.uint8)
+    np.testing.assert_array_equal(blurred(constant, 1700), constant)
+    image = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
+    transposed = blurred(np.ascontiguousarray(image.swapaxes(0, 1)), 1700).swapaxes(0, 1)
+    assert abs(transposed.astype(int) - blurred(image, 1700)).max() <= 2
