@@ -39,7 +39,7 @@ def tar_images(shard: Path, suffixes: set[str]) -> list[TarImage]:
     Raises FormatError for a tar that is compressed, truncated or damaged, DataError for a sample that has not exactly
     one image and one class number.
     """
-    samples: dict[str, tuple[list[tarfile.TarInfo], list[int]]] = {}
+    samples: dict[str, tuple[list[tarfile.TarInfo], list[tarfile.TarInfo]]] = {}
     with shard.open("rb") as file:
         for member in _members(shard, file):
             member.name = member.name.removeprefix("./")
@@ -48,16 +48,23 @@ def tar_images(shard: Path, suffixes: set[str]) -> list[TarImage]:
                 continue
             images, labels = samples.setdefault(found[1], ([], []))
             if found[2].lower() == "cls":
-                labels.append(_class_number(f"{shard}: {member.name}", file, member))
+                labels.append(member)
             elif f".{found[2].lower()}" in suffixes:
                 images.append(member)
-    for key, (images, labels) in samples.items():
-        if (len(images), len(labels)) != (1, 1):
-            raise DataError(
-                f"{shard}: {key}: expected one image and one .cls, found {len(images)} and {len(labels)}; "
-                "write the shard again, or leave it out of source.path"
-            )
-    return [TarImage(shard, image.name, label, image.offset_data, image.size) for [image], [label] in samples.values()]
+        return [_image(shard, file, key, *parts) for key, parts in samples.items()]
+
+
+def _image(
+    shard: Path, file: BinaryIO, key: str, images: list[tarfile.TarInfo], labels: list[tarfile.TarInfo]
+) -> TarImage:
+    if (len(images), len(labels)) != (1, 1):
+        raise DataError(
+            f"{shard}: {key}: expected one image and one .cls, found {len(images)} and {len(labels)}; "
+            "write the shard again, or leave it out of source.path"
+        )
+    [image], [number] = images, labels
+    label = _class_number(f"{shard}: {number.name}", file, number)
+    return TarImage(shard, image.name, label, image.offset_data, image.size)
 
 
 def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
