@@ -110,7 +110,7 @@ def _leaves(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _range(values: NDArray[np.int64]) -> dict[str, float]:
-    return {"min": float(np.min(values)), "median": float(np.median(values)), "max": float(np.max(values))}
+    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
 
 
 def _words(values: dict[str, float]) -> str:
