@@ -150,11 +150,14 @@ def tables_crc32(path: Path, count: int) -> int:
 
 
 def decodes(jpeg: bytes, height: int, width: int) -> bool:
-    """Whether turbojpeg, called as the loader calls it, decodes these bytes without an error or a warning."""
+    """Whether turbojpeg, called as the loader calls it, decodes these bytes without an error or a warning.
+
+    At an eighth of the size: all errors and warnings come from headers and Huffman codes, of which every one is read.
+    """
     source = np.frombuffer(jpeg, np.uint8)
     pixels = np.empty(3 * height * width, np.uint8)
     status = ctypes_imdecode(
-        source.ctypes.data, source.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False
+        source.ctypes.data, source.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 8, False, False
     )
     return status == 0
 

@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ENCODINGS
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.libffcv import ctypes_imdecode
 from ffcv.loader import Loader, OrderOption
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
-from small_packs import edit, edit_manifest, pack_folder
+from PIL import Image
+from small_packs import edit, edit_manifest, encoded, jpeg, pack_folder
 
 from pipeline import beton as beton_module
 from pipeline.beton import (
     ROW_TYPE,
     Beton,
     PackedImage,
+    decodes,
     kept_threads,
     manifest_path,
     open_beton,
@@ -73,6 +77,34 @@ def test_an_image_larger_than_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(beton_module, "MIN_PAGE_BYTES", 1 << 12)
     with pytest.raises(DataError, match="row 0: expected a JPEG below 4096 bytes, found 4097; set max_side"):
         write_beton(tmp_path / "f.beton", [PackedImage(bytes(4097), 1, 1, 0)], 1, 10)
+
+
+def decodes_in_full(data: bytes, height: int, width: int) -> bool:
+    source, pixels = np.frombuffer(data, np.uint8), np.empty(3 * height * width, np.uint8)
+    places = source.ctypes.data, source.size, height, width, pixels.ctypes.data
+    return ctypes_imdecode(*places, height, width, 0, 0, 1, 1, False, False) == 0
+
+
+@pytest.mark.parametrize("options", ENCODINGS)
+def test_checking_at_an_eighth_refuses_what_a_full_decode_refuses(
+    options: dict, photographs: list[Image.Image]
+) -> None:
+    data = encoded(photographs[0].crop((200, 100, 333, 177)), "JPEG", quality=90, **options)
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(500):
+        damaged = bytearray(data[: int(random.integers(1, 2 * len(data)))])
+        for position in random.integers(0, len(damaged), random.integers(0, 4)):
+            damaged[position] = random.integers(256)
+        expected = decodes_in_full(bytes(damaged), 77, 133)
+        assert decodes(bytes(damaged), 77, 133) == expected
+        refused += not expected
+    assert 200 < refused < 500
+
+
+def test_images_of_every_size_decode(photos: Beton) -> None:
+    for row in range(len(photos)):
+        assert decodes(jpeg(photos, row), int(photos.heights[row]), int(photos.widths[row]))
+        assert not decodes(jpeg(photos, row)[:-40], int(photos.heights[row]), int(photos.widths[row]))
 
 
 # Opening
