@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
-from small_packs import contents, jpeg, pack_folder
+from small_packs import contents, encoded, jpeg, pack_folder
 
 from pipeline import manifest as manifest_module
+from pipeline.__main__ import main
 from pipeline.beton import Beton, open_beton
 from pipeline.errors import DataError, FormatError
 from pipeline.manifest import key_digests
@@ -517,3 +518,52 @@ def test_damaged_parquet(tables: Path, tmp_path: Path) -> None:
 def test_columns_belong_to_parquet() -> None:
     with pytest.raises(ValidationError, match=r"columns belongs to kind: parquet \(got kind: webdataset\)"):
         SourceRecipe(kind="webdataset", path="x", columns=ColumnsRecipe())
+
+
+# The command line
+
+
+def call_pack(tmp_path: Path, *options: str) -> int:
+    (tmp_path / "pack.yaml").write_text(f"source: {{kind: imagefolder, path: none}}\noutput: {tmp_path}/f.beton\n")
+    return main(["pack", "--config", str(tmp_path / "pack.yaml"), *options])
+
+
+def test_pack_ends_with_its_counts(shards: Path, tmp_path: Path, photographs: list[Image.Image], capsys) -> None:
+    crop = photographs[0].crop((200, 100, 301, 177))
+    odd = sample("1.png", encoded(crop, "PNG"), 1) + sample("2.jpg", encoded(crop.convert("CMYK"), "JPEG"), 1)
+    write_tar(shards / "odd.tar", odd + sample("bad.jpg", JPEG, 0))
+    options = "--source.kind", "webdataset", "--source.path", str(shards)
+    assert call_pack(tmp_path, *options, "--on_bad_image", "skip") == 0
+    size = (tmp_path / "f.beton").stat().st_size / 1e6
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/f.beton: 24 images in 2 classes, {size:.1f} MB; converted: 1 cmyk, 1 png; skipped: 1\n"
+    )
+
+
+def test_pack_with_other_columns(tmp_path: Path, photographs: list[Image.Image], capsys) -> None:
+    data = encoded(photographs[0].crop((200, 100, 301, 177)), "JPEG")
+    write_parquet(tmp_path / "f.parquet", table({"a.jpg": (data, 1)}).rename_columns(["img", "label"]))
+    options = "--source.kind", "parquet", "--source.path", str(tmp_path / "f.parquet")
+    assert call_pack(tmp_path, *options) == 2
+    assert "set source.columns" in capsys.readouterr().err
+    assert call_pack(tmp_path, *options, "--source.columns.image", "img") == 0
+    assert "1 images in 2 classes, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_damaged_source_leaves_one_message_and_no_file(kind: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "damaged").write_bytes(b"neither a tar nor a parquet file" * 100)
+    options = "--source.kind", kind, "--source.path", str(tmp_path / "damaged")
+    assert call_pack(tmp_path, *options) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert "damaged: expected a whole " in error
+    assert "Traceback" not in error
+    assert sorted(contents(tmp_path)) == ["damaged", "pack.yaml"]
+
+
+def test_an_unknown_kind(tmp_path: Path, capsys) -> None:
+    assert call_pack(tmp_path, "--source.kind", "lmdb") == 2
+    assert "--source.kind: input should be 'imagefolder', 'webdataset' or 'parquet' (got \"lmdb\")" in (
+        capsys.readouterr().err
+    )
