@@ -18,6 +18,7 @@ from pipeline.errors import DataError, FormatError
 from pipeline.recipe import ColumnsRecipe
 
 ROWS_AT_ONCE = 64
+READ_BYTES = 1 << 20
 
 
 class Table(NamedTuple):
@@ -114,7 +115,8 @@ def _bytes_of_groups(file: pq.ParquetFile, leaf: str) -> list[int]:
 @contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        # pre_buffer would read all that is asked for at once; without it, memory holds one row group
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError) as error:  # OSError: what pyarrow raises for damaged compression, too
         raise FormatError(

@@ -404,6 +404,16 @@ def test_every_parquet_layout_gives_bytes_back(
     assert source.largest >= max(len(data) for data, _ in images)
 
 
+def test_memory_holds_a_row_group_not_a_file(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).bytes(10_000_000)
+    images = {str(start): (data[start : start + 10_000], 0) for start in range(0, len(data), 10_000)}
+    path = write_parquet(tmp_path / "f.parquet", table(images), row_group_size=50)
+    before = pa.total_allocated_bytes()
+    used = [len(item.read()) + pa.total_allocated_bytes() - before for item in open_parquet(path).samples]
+    assert len(used) == 1000
+    assert max(used) < 5_000_000
+
+
 @pytest.mark.parametrize("paths", [["a", "b", "a"], ["a", "b", None], ["a", "b", ""], [None] * 3])
 def test_rows_without_a_path_of_their_own_have_a_number(paths: list[str | None], tmp_path: Path) -> None:
     """For the whole data set: the same image must not change its key with its neighbours'."""
@@ -512,6 +522,17 @@ def test_damaged_parquet(tables: Path, tmp_path: Path) -> None:
             open_parquet(path)
     path.write_bytes(data[:4] + b"\xff" * 2000 + data[2004:])  # pages of the first image column, not the tables
     with pytest.raises(FormatError, match=r"\.parquet: expected a whole parquet file, found: .*; copy or download"):
+        list(open_parquet(path).samples)
+
+
+def test_checksums_of_parquet_pages_are_checked(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "f.parquet", table({"a": (b"x" * 1000, 0)}), write_page_checksum=True, compression="none"
+    )
+    assert [item.read() for item in open_parquet(path).samples] == [b"x" * 1000]
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"xxx", b"xyx", 1))
+    with pytest.raises(FormatError, match=r"f\.parquet: expected a whole parquet file, found: "):
         list(open_parquet(path).samples)
 
 
