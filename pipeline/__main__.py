@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
+from pipeline.errors import DataError
 from pipeline.recipe import LabelRecipe, PackRecipe, load_recipe
 
 DAMAGED_STATUS = 1
@@ -46,7 +47,7 @@ def _label(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from pipeline.verify import verify
 
-    report = verify(arguments.path)
+    report = verify(_existing(arguments.path))
     for problem in report.problems:
         print(problem)
     state = f"{len(report.problems)} not whole" if report.problems else "whole"
@@ -57,9 +58,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from pipeline.show import describe, summary
 
-    document = describe(arguments.path)
+    document = describe(_existing(arguments.path))
     print(json.dumps(document, indent=2) if arguments.json else summary(document))
     return 0
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"{path}: expected a .beton or a store of labels, found nothing there; check the path")
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,11 +94,17 @@ def test_a_damaged_manifest(packed: Path) -> None:
 
 def test_nothing_to_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest_path(packed).unlink()
-    for path in (packed, packed.parent / "none"):
-        with pytest.raises(DataError, match=r"expected .*, found none"):
-            verify(path)
-        assert main(["verify", str(path)]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(DataError, match=r"images\.manifest\.json: expected the manifest of the \.beton beside it"):
+        verify(packed)
+    assert main(["verify", str(packed)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {manifest_path(packed)}: expected the manifest")
+    for verb in ("verify", "show"):
+        assert main([verb, str(packed.parent / "none.zarr")]) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"error: {packed.parent}/none.zarr: expected a .beton or a store of labels, found nothing there; "
+            "check the path\n"
+        )
 
 
 def test_a_disk_that_fails_is_a_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
