@@ -12,7 +12,7 @@ help:
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
+.venv/.ready: pyproject.toml setup.py pipeline/_jpeg.c constraints.txt scripts/setup.sh
 	scripts/setup.sh
 
 demo: setup

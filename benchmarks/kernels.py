@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tensor_or_pillow
 from torchvision.transforms.v2 import functional as vision
 
-from pipeline import colour, spatial
+from pipeline.views import colour, spatial
 
 Side = Callable[[int], object]  # does the operation on image number i
 FACTOR, PEER_FACTOR = 20_000, 20_000 / 16_384

@@ -34,7 +34,6 @@ def kept_threads() -> Iterator[None]:
 
 with kept_threads():
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.libffcv import ctypes_imdecode
     from ffcv.reader import Reader
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 
@@ -147,19 +146,6 @@ def tables_crc32(path: Path, count: int) -> int:
         crc = zlib.crc32(file.read(before))
         file.seek(max(0, path.stat().st_size - after))
         return zlib.crc32(file.read(), crc)
-
-
-def decodes(jpeg: bytes, height: int, width: int) -> bool:
-    """Whether turbojpeg, called as the loader calls it, decodes these bytes without an error or a warning.
-
-    At an eighth of the size: all errors and warnings come from headers and Huffman codes, of which every one is read.
-    """
-    source = np.frombuffer(jpeg, np.uint8)
-    pixels = np.empty(3 * height * width, np.uint8)
-    status = ctypes_imdecode(
-        source.ctypes.data, source.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 8, False, False
-    )
-    return status == 0
 
 
 def _header(count: int, page: int, table_position: int) -> bytes:

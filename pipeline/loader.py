@@ -8,18 +8,16 @@ the samples, a dead thread is noticed, and leaving the loop by any way closes th
 from pipeline.beton import Beton, kept_threads  # imports ffcv first, and undoes what that does to torch
 
 # isort: split
-import ctypes
 import queue
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import torch
-from ffcv import libffcv
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
@@ -30,19 +28,28 @@ from numba.np.ufunc.parallel import threading_layer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ViewRecipe
-from pipeline.views import ViewParameters, centre_fraction, render, view_parameters
-
-llvm.add_symbol("softshard_imdecode", ctypes.cast(libffcv.lib.imdecode, ctypes.c_void_p).value)
-llvm.add_symbol("softshard_crc32", ctypes.cast(ctypes.CDLL("libz.so.1").crc32, ctypes.c_void_p).value)
-llvm.add_symbol("softshard_resize", ctypes.cast(libffcv.lib.resize, ctypes.c_void_p).value)
+from pipeline.views.draws import ONE
+from pipeline.views.parameters import ViewParameters, centre_fraction, view_parameters
+from pipeline.views.render import find_partners, render
 
 POLL_SECONDS = 0.2
+NO_SLOTS = np.zeros(1, np.uint32)
+_BUILDING = threading.Lock()
+
+
+class Mixed(NamedTuple):
+    """labels: int64, those of the images that were mixed in; shares: float32, what is left of the images themselves
+    (1 where nothing was mixed in). Both are [B] or [B, G], on the loader's device."""
+
+    labels: Tensor
+    shares: Tensor
 
 
 class Batch(NamedTuple):
-    """images: uint8 [B, 3, S, S] (channels_last) and labels: int64 [B], both on the loader's device; rows: int64 [B].
+    """images: uint8 [B, 3, S, S] (channels_last), or [B, G, 3, S, S] for G views of each image; labels: int64 [B];
+    both on the loader's device; rows: int64 [B]; mixed: None unless the recipe mixes.
 
     On the CPU `images` is the loader's own memory: valid until the next batch is asked for.
     """
@@ -50,13 +57,18 @@ class Batch(NamedTuple):
     images: Tensor
     rows: NDArray[np.int64]
     labels: Tensor
+    mixed: Mixed | None
 
 
 class ViewLoader:
     """Renders any list of (row, view) pairs of a .beton at one output size.
 
     views: the recipe, or None for a loader that only renders the centre view (validation);
-    workers: decoding threads, at most one for each core; crop_pct: timm's, for the centre view.
+    workers: decoding threads, at most one for each core; crop_pct: timm's, for the centre view;
+    os_cache, batches_ahead: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it
+    still needs, for files larger than memory: rows then come fastest in the order of the file.
+
+    Raises RecipeError for views that mix images, without the system's cache: their partners are anywhere in the file.
     """
 
     def __init__(
@@ -68,49 +80,47 @@ class ViewLoader:
         workers: int,
         device: torch.device,
         crop_pct: float = 1.0,
+        os_cache: bool = True,
+        batches_ahead: int = 3,
     ) -> None:
         _require_tbb()
-        self._device = device
-        parameters = view_parameters(views, centre_fraction(size, crop_pct))
-        workers = min(workers, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
-        self._decoder = _ViewDecoder(beton, parameters, size, workers)
-        self._beton = beton
-        with _uncompiled(), kept_threads():
-            self._loader = Loader(
-                str(beton.path),
-                batch_size,
-                num_workers=1,  # FFCV's own code does no work
-                os_cache=True,
-                order=OrderOption.SEQUENTIAL,
-                drop_last=False,
-                seed=0,
-                pipelines={"image": [self._decoder], "label": None},  # pyright: ignore[reportArgumentType]
-            )
+        self._mixes = views is not None and views.mixes
+        if self._mixes and not os_cache:
+            raise RecipeError("views: expected os_cache: true for mixup and cutmix, found false; set one of them off")
+        self._device, self._beton = device, beton
+        self._parameters = view_parameters(views, centre_fraction(size, crop_pct))
+        self._size, self._batch_size = size, batch_size
+        self._workers = min(workers, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+        self._os_cache, self._batches_ahead = os_cache, batches_ahead
+        self._loaders: dict[int, Loader] = {}
+        self._order = np.argsort(beton.keys)
 
     def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Iterator[Batch]:
-        """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller.
+        """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller. With views of shape
+        [N, G], G views of each image, which is decoded once for all of them.
 
         Raises DataError naming keys when images have changed or do not decode, RuntimeError when the thread died.
         """
-        rows, views = (np.array(part, np.int64) for part in np.broadcast_arrays(rows, views))
+        rows, numbers = np.array(rows, np.int64), np.array(views, np.int64)
+        several = numbers.ndim == 2
+        numbers = numbers if several else np.broadcast_to(numbers, len(rows))[:, None].copy()
+        assert len(numbers) == len(rows), f"views of {len(numbers)} rows for {len(rows)}"
         assert ((rows >= 0) & (rows < len(self._beton))).all(), "rows are not checked where they are used"
-        epoch = _ViewEpoch(self._loader, rows, views)
+        partners = find_partners(self._parameters, self._beton.keys[rows], self._order, numbers)
+        epoch = _ViewEpoch(self._loader(numbers.shape[1]), rows, numbers, partners)
         start = 0
         try:
-            for (pixels,) in epoch:
-                batch_rows = rows[start : start + len(pixels)]
-                start += len(pixels)
-                images, labels = (
-                    torch.from_numpy(pixels).permute(0, 3, 1, 2),
-                    torch.from_numpy(self._beton.labels[batch_rows]),
-                )
-                images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (images, labels))
+            for (output,) in epoch:
+                end = start + len(output.pixels)
+                part = slice(start, end)
+                batch = self._batch(output, rows[part], partners[part], several)
                 copied = None if self._device.type == "cpu" else torch.Event(self._device)
                 if copied:
                     copied.record()
-                yield Batch(images, batch_rows, labels)
+                yield batch
                 if copied:
                     copied.synchronize()  # only now may the decoder write to this memory again
+                start = end
         except _DecodeError as error:
             keys = [self._beton.manifest.keys[row] for row in error.rows]
             raise DataError(
@@ -120,28 +130,71 @@ class ViewLoader:
         finally:
             epoch.close()
 
+    def _batch(self, output: "_Output", rows: NDArray, partners: NDArray, several: bool) -> Batch:
+        images = torch.from_numpy(output.pixels).movedim(-1, -3)
+        labels = self._beton.labels
+        partner_labels = labels[np.where(partners < 0, rows[:, None], partners)]
+        tensors = [images, torch.from_numpy(partner_labels), torch.from_numpy(output.shares / np.float32(ONE))]
+        if not several:
+            tensors = [tensor.squeeze(1) for tensor in tensors]
+        tensors.append(torch.from_numpy(labels[rows]))
+        images, partner_labels, shares, labels = (t.to(self._device, non_blocking=True) for t in tensors)
+        return Batch(images, rows, labels, Mixed(partner_labels, shares) if self._mixes else None)
+
+    def _loader(self, views: int) -> Loader:
+        """FFCV's loader for this number of views of each image; its memory has a fixed shape."""
+        if views not in self._loaders:
+            decoder = _ViewDecoder(self._beton, self._parameters, (views, self._size, self._size, 3), self._workers)
+            with _uncompiled(), kept_threads():
+                self._loaders[views] = Loader(
+                    str(self._beton.path),
+                    self._batch_size,
+                    num_workers=1,  # FFCV's own code does no work
+                    os_cache=self._os_cache,
+                    order=OrderOption.SEQUENTIAL,
+                    drop_last=False,
+                    seed=0,
+                    batches_ahead=self._batches_ahead,
+                    pipelines={"image": [decoder], "label": None},  # pyright: ignore[reportArgumentType]
+                )
+        return self._loaders[views]
+
+
+class _Output(NamedTuple):
+    """What the decoder gives for a batch: uint8 [B, G, S, S, 3] and int64 [B, G]."""
+
+    pixels: NDArray[np.uint8]
+    shares: NDArray[np.int64]
+
 
 class _ViewDecoder(SimpleRGBImageDecoder):
-    """The FFCV operation. Its memory is, for each batch slot: pixels, view numbers (filled by _ViewEpoch), statuses."""
+    """The FFCV operation. Its memory is, for each batch slot: pixels, view numbers and partners (filled by
+    _ViewEpoch), shares, rows that failed."""
 
-    def __init__(self, beton: Beton, parameters: ViewParameters, size: int, workers: int) -> None:
+    def __init__(self, beton: Beton, parameters: ViewParameters, shape: tuple[int, ...], workers: int) -> None:
         super().__init__()
         self._columns = (beton.keys, beton.crc32, beton.offsets, beton.lengths, beton.heights, beton.widths)
-        self._parameters, self._size, self._workers = parameters, size, workers
+        self._parameters, self._shape, self._workers = parameters, shape, workers
 
     def declare_state_and_memory(self, previous_state):
-        shape = (self._size, self._size, 3)
-        pixels, views, status = (AllocationQuery(s, np.dtype(t)) for s, t in ((shape, "u1"), ((), "i8"), ((), "i4")))
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), (pixels, views, status)
+        views = self._shape[:1]
+        numbers = (AllocationQuery(shape, np.dtype("i8")) for shape in (views, views, views, ()))
+        pixels = AllocationQuery(self._shape, np.dtype("u1"))
+        return replace(previous_state, jit_mode=True, shape=self._shape, dtype=np.dtype("u1")), (pixels, *numbers)
 
     def generate_code(self):
         columns, parameters, workers = self._columns, self._parameters, self._workers
 
         def decode(rows, memory, metadata, storage_state):
-            pixels, views, status = memory
+            pixels, views, partners, shares, failed = memory
+            data, _, _, *slots = storage_state  # the mapped file, or [number of pages in memory, bytes of a page]
+            page_bits = data.shape[1].bit_length() - 1 if slots else 0
             numba.set_num_threads(workers)
-            render(rows, views, *columns, storage_state[0], parameters, workers, pixels, status)
-            return pixels
+            render(
+                rows.astype(np.int64), views, partners, columns, data.ctypes.data, slots[0] if slots else NO_SLOTS,
+                page_bits, parameters, workers, pixels, shares, failed,
+            )  # fmt: skip
+            return _Output(pixels, shares)
 
         return decode
 
@@ -153,10 +206,10 @@ class _DecodeError(Exception):
 
 
 class _ViewEpoch(EpochIterator):
-    """FFCV's epoch thread: view numbers go in, statuses and exceptions come out, and the end is the end."""
+    """FFCV's epoch thread: view numbers go in, failures and exceptions come out, and the end is the end."""
 
-    def __init__(self, loader: Loader, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
-        self._views, self._error = views, None
+    def __init__(self, loader: Loader, rows: NDArray, views: NDArray, partners: NDArray) -> None:
+        self._views, self._partners, self._error = views, partners, None
         super().__init__(loader, rows.astype(np.uint64))  # pyright: ignore[reportArgumentType]  # starts the thread
 
     def run(self) -> None:
@@ -178,13 +231,14 @@ class _ViewEpoch(EpochIterator):
                 return
 
     def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
-        [(_, views, status)] = self.memory_allocations["operation"].values()
+        [(_, views, partners, _, failed)] = self.memory_allocations["operation"].values()
         count, start = len(batch_indices), b_ix * self.loader.batch_size
         views[batch_slot][:count] = self._views[start : start + count]
+        partners[batch_slot][:count] = self._partners[start : start + count]
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        failed = status[batch_slot][:count] != 0
-        if failed.any():
-            raise _DecodeError(batch_indices[failed])
+        rows = failed[batch_slot][:count]
+        if (rows >= 0).any():
+            raise _DecodeError(np.unique(rows[rows >= 0]))
         return result
 
     def __next__(self):
@@ -218,12 +272,14 @@ class _ViewEpoch(EpochIterator):
 
 @contextmanager
 def _uncompiled():
-    """Build an FFCV pipeline that calls `render`, which numba caches on disk, instead of compiling code around it."""
-    Compiler.set_enabled(False)
-    try:
-        yield
-    finally:
-        Compiler.set_enabled(True)
+    """Build an FFCV pipeline that calls `render`, which numba caches on disk, instead of compiling code around it. One
+    at a time: the switch is a global of FFCV's."""
+    with _BUILDING:
+        Compiler.set_enabled(False)
+        try:
+            yield
+        finally:
+            Compiler.set_enabled(True)
 
 
 def _require_tbb() -> None:

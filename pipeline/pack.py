@@ -24,9 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.beton import PackedImage, decodes, manifest_path, tables_crc32, write_beton
+from pipeline.beton import PackedImage, manifest_path, tables_crc32, write_beton
 from pipeline.errors import DataError
 from pipeline.files import atomic_path
+from pipeline.jpeg import decodes
 from pipeline.manifest import PackManifest, key_digests, library_versions
 from pipeline.parallel import in_order
 from pipeline.recipe import PackRecipe, save_recipe

@@ -23,6 +23,7 @@ Override = tuple[str, str]  # ("section.key", YAML text of the value)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
 Aspect = Annotated[float, Field(ge=0.01, le=100)]
+POLICIES = ("rand_augment", "auto_augment", "trivial_augment", "three_augment")
 
 
 class Model(BaseModel):
@@ -47,13 +48,93 @@ class CropRecipe(Model):
     ratio: Annotated[tuple[Aspect, Aspect], AfterValidator(_ordered)] = (0.75, 1.3333)
 
 
+class RandAugmentRecipe(Model):
+    """timm's `rand-mM-nN-pP-mstdS-incI`: `operations` of its 15, each applied with `probability`."""
+
+    magnitude: float = Field(default=9.0, ge=0, le=10)
+    std: float = Field(default=0.5, ge=0, le=10)
+    increasing: bool = True
+    operations: int = Field(default=2, ge=1, le=8)
+    probability: Fraction = 0.5
+
+
+class AutoAugmentRecipe(Model):
+    policy: Literal["original"] = "original"
+
+
+class TrivialAugmentRecipe(Model):
+    """torchvision's TrivialAugmentWide with `bins` magnitudes."""
+
+    bins: int = Field(default=31, ge=2, le=1024)
+
+
+class ThreeAugmentRecipe(Model):
+    """DeiT III: grey, solarise or blur, then colour jitter of strength `jitter`."""
+
+    jitter: Fraction = 0.3
+
+
+class ColorJitterRecipe(Model):
+    """torchvision's ColorJitter; with timm's default strengths."""
+
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+
+
+class RandomErasingRecipe(Model):
+    """timm's RandomErasing. `area` is a fraction of the view, shared by `count` boxes; `const` fills with the mean
+    colour, `pixel` with noise around it."""
+
+    probability: Fraction = 0.25
+    area: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = (0.02, 0.3333)
+    aspect: Annotated[tuple[Aspect, Aspect], AfterValidator(_ordered)] = (0.3, 3.3333)
+    count: int = Field(default=1, ge=1, le=16)
+    mode: Literal["const", "pixel"] = "pixel"
+
+
+class MixRecipe(Model):
+    """Mixup or CutMix with another image of the packed set; its share is drawn from Beta(alpha, alpha)."""
+
+    alpha: float = Field(default=1.0, ge=0.01, le=10)
+    probability: Fraction = 1.0
+
+
 class ViewRecipe(Model):
-    """What a view is, apart from the key and the view number. `count` is V, the number of views of each image."""
+    """What a view is, apart from the key and the view number. `count` is V, the number of views of each image.
+
+    In the order of their work: crop, flip, one of the four policies, colour jitter, erasing, mixing. With
+    `dct_scaling`, crops of at least twice the output size are decoded at 1/2, 1/4 or 1/8: faster, other pixels.
+    """
 
     seed: int = Field(ge=0, lt=2**64)
     count: int = Field(ge=1)
     crop: CropRecipe | None = CropRecipe()
     hflip: Fraction = 0.5
+    rand_augment: RandAugmentRecipe | None = None
+    auto_augment: AutoAugmentRecipe | None = None
+    trivial_augment: TrivialAugmentRecipe | None = None
+    three_augment: ThreeAugmentRecipe | None = None
+    color_jitter: ColorJitterRecipe | None = None
+    random_erasing: RandomErasingRecipe | None = None
+    mixup: MixRecipe | None = None
+    cutmix: MixRecipe | None = None
+    dct_scaling: bool = False
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> "ViewRecipe":
+        given = [name for name in POLICIES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"at most one of {', '.join(POLICIES)} (got {', '.join(given)})")
+        if self.three_augment and self.color_jitter:
+            raise ValueError("three_augment has its own jitter: leave out color_jitter (got both)")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a view also depends on the other images of the packed set."""
+        return self.mixup is not None or self.cutmix is not None
 
 
 class ColumnsRecipe(Model):

@@ -7,8 +7,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.beton import Beton, decodes, open_beton
+from pipeline.beton import Beton, open_beton
 from pipeline.errors import FormatError, SoftshardError
+from pipeline.jpeg import decodes
 from pipeline.parallel import in_order
 from pipeline.store import Store, open_store
 

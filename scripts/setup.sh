@@ -20,6 +20,8 @@ command -v pkg-config >/dev/null || missing+=(pkg-config)
 command -v c++ >/dev/null || missing+=(g++)
 have libturbojpeg || missing+=(libturbojpeg0-dev)
 have opencv4 || missing+=(libopencv-dev)
+have libjpeg || missing+=(libjpeg-dev)
+have zlib || missing+=(zlib1g-dev)
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("python$version-venv")
 "$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
@@ -36,7 +38,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     else
         fail "expected the system libraries ${missing[*]}, found them missing and no right to install them; run one of
   sudo apt-get install ${missing[*]}
-  sudo dnf install pkgconf-pkg-config gcc-c++ turbojpeg-devel opencv-devel python3-devel
+  sudo dnf install pkgconf-pkg-config gcc-c++ turbojpeg-devel libjpeg-turbo-devel zlib-devel opencv-devel python3-devel
   brew install pkg-config jpeg-turbo opencv
   conda install -c conda-forge pkg-config compilers libjpeg-turbo opencv
 and then the same make command again"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ENCODINGS
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-from ffcv.libffcv import ctypes_imdecode
 from ffcv.loader import Loader, OrderOption
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
@@ -21,34 +20,37 @@ from pipeline.beton import (
     ROW_TYPE,
     Beton,
     PackedImage,
-    decodes,
     kept_threads,
     manifest_path,
     open_beton,
     write_beton,
 )
 from pipeline.errors import DataError, FormatError
+from pipeline.jpeg import decode, decodes
 from pipeline.loader import ViewLoader, _uncompiled
-from pipeline.views import CENTRE
+from pipeline.views.geometry import CENTRE
 
 # Layout
 
 
-def test_stock_ffcv_reads_the_same_pixels(photos: Beton, cpu: torch.device) -> None:
+def test_stock_ffcv_reads_the_same_images(digits: Beton, cpu: torch.device) -> None:
+    """Without resizing, its faster and coarser inverse transform is the only difference."""
     with kept_threads(), _uncompiled():
-        decoder = CenterCropRGBImageDecoder((48, 48), ratio=1.0)
+        decoder = CenterCropRGBImageDecoder((28, 28), ratio=1.0)
         stock = Loader(
-            str(photos.path),
-            len(photos),
+            str(digits.path),
+            len(digits),
             num_workers=1,
             order=OrderOption.SEQUENTIAL,
             drop_last=False,
             pipelines={"image": [decoder]},
         )
         [(pixels, labels)] = stock
-    [batch] = ViewLoader(photos, None, 48, len(photos), 1, cpu).render(np.arange(len(photos)), CENTRE)
-    np.testing.assert_array_equal(pixels, batch.images.permute(0, 2, 3, 1).numpy())
-    assert np.asarray(labels).ravel().tolist() == photos.labels.tolist()
+    [batch] = ViewLoader(digits, None, 28, len(digits), 1, cpu).render(np.arange(len(digits)), CENTRE)
+    difference = np.abs(pixels.astype(int) - batch.images.permute(0, 2, 3, 1).numpy())
+    assert difference.max() <= 6
+    assert difference.mean() < 1
+    assert np.asarray(labels).ravel().tolist() == digits.labels.tolist()
 
 
 def test_no_image_crosses_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,12 +81,6 @@ def test_an_image_larger_than_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_beton(tmp_path / "f.beton", [PackedImage(bytes(4097), 1, 1, 0)], 1, 10)
 
 
-def decodes_in_full(data: bytes, height: int, width: int) -> bool:
-    source, pixels = np.frombuffer(data, np.uint8), np.empty(3 * height * width, np.uint8)
-    places = source.ctypes.data, source.size, height, width, pixels.ctypes.data
-    return ctypes_imdecode(*places, height, width, 0, 0, 1, 1, False, False) == 0
-
-
 @pytest.mark.parametrize("options", ENCODINGS)
 def test_checking_at_an_eighth_refuses_what_a_full_decode_refuses(
     options: dict, photographs: list[Image.Image]
@@ -95,7 +91,7 @@ def test_checking_at_an_eighth_refuses_what_a_full_decode_refuses(
         damaged = bytearray(data[: int(random.integers(1, 2 * len(data)))])
         for position in random.integers(0, len(damaged), random.integers(0, 4)):
             damaged[position] = random.integers(256)
-        expected = decodes_in_full(bytes(damaged), 77, 133)
+        expected = decode(bytes(damaged), 77, 133) is not None
         assert decodes(bytes(damaged), 77, 133) == expected
         refused += not expected
     assert 200 < refused < 500

@@ -8,8 +8,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from timm.data import auto_augment
 from torchvision.transforms import functional
 
-from pipeline import colour
-from pipeline.views import draw
+from pipeline.views import colour
+from pipeline.views.draws import draw
 
 Pixels = NDArray[np.uint8]
 ONE = 1 << colour.FACTOR_BITS

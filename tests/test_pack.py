@@ -17,16 +17,16 @@ from small_packs import BAD, contents, encoded, jpeg, pack_folder, read, spoil
 
 from pipeline.beton import (
     Beton,
-    decodes,
     manifest_path,
     open_beton,
 )
 from pipeline.errors import DataError
+from pipeline.jpeg import decodes
 from pipeline.loader import ViewLoader
 from pipeline.manifest import PackManifest, key_digest
 from pipeline.pack import _eight_bits, encode
 from pipeline.recipe import PackRecipe, load_recipe
-from pipeline.views import CENTRE
+from pipeline.views.geometry import CENTRE
 
 ORIENTATION = 0x0112
 

@@ -6,7 +6,7 @@ from mpmath import mp
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from pipeline import colour, spatial
+from pipeline.views import colour, spatial
 
 Pixels = NDArray[np.uint8]
 UNIT = 1 << spatial.COEFFICIENT_BITS

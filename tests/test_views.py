@@ -10,19 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-import pipeline.views
 from pipeline.recipe import CropRecipe, ViewRecipe
-from pipeline.views import (
-    CENTRE,
-    ONE,
-    centre_fraction,
-    draw,
-    draw_below,
-    stream,
-    stream_states,
-    view_geometry,
-    view_parameters,
-)
+from pipeline.views import draws, geometry
+from pipeline.views.draws import ONE, draw, draw_below, stream, stream_states
+from pipeline.views.geometry import CENTRE, view_geometry
+from pipeline.views.parameters import centre_fraction, view_parameters
 
 RECIPE = ViewRecipe(seed=7, count=100)
 PARAMETERS = view_parameters(RECIPE)
@@ -43,7 +35,7 @@ KEYS = st.integers(0, 2**64 - 1)
 SIDES = st.integers(1, 5000)
 
 
-def geometry(key: int, view: int, height: int, width: int, parameters=PARAMETERS) -> tuple[int, int, int, int, bool]:
+def box_of(key: int, view: int, height: int, width: int, parameters=PARAMETERS) -> tuple[int, int, int, int, bool]:
     top, left, box_height, box_width, flip = view_geometry(
         parameters, np.uint64(key), view, np.int64(height), np.int64(width)
     )
@@ -52,7 +44,7 @@ def geometry(key: int, view: int, height: int, width: int, parameters=PARAMETERS
 
 def boxes(recipe: ViewRecipe, count: int, height: int = 1000, width: int = 1000) -> np.ndarray:
     parameters = view_parameters(recipe)
-    return np.array([geometry(key, 0, height, width, parameters) for key in range(count)])
+    return np.array([box_of(key, 0, height, width, parameters) for key in range(count)])
 
 
 def test_the_generator_gives_splitmix64s_known_answers() -> None:
@@ -68,7 +60,7 @@ def test_the_generator_gives_splitmix64s_known_answers() -> None:
 
 @pytest.mark.parametrize("case", FROZEN, ids=str)
 def test_frozen_views(case: tuple[int, int, int, int]) -> None:
-    assert tuple(map(int, geometry(*case))) == FROZEN[case]
+    assert tuple(map(int, box_of(*case))) == FROZEN[case]
 
 
 def test_streams_of_an_array_are_those_of_its_elements() -> None:
@@ -79,7 +71,7 @@ def test_streams_of_an_array_are_those_of_its_elements() -> None:
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(KEYS, st.integers(0, 10**6), SIDES, SIDES)
 def test_boxes_lie_inside_the_image(key: int, view: int, height: int, width: int) -> None:
-    top, left, box_height, box_width, _ = geometry(key, view, height, width)
+    top, left, box_height, box_width, _ = box_of(key, view, height, width)
     assert top >= 0
     assert left >= 0
     assert 1 <= box_height <= height - top
@@ -97,7 +89,7 @@ def test_boxes_lie_inside_the_image(key: int, view: int, height: int, width: int
 def test_boxes_of_every_legal_recipe_lie_inside(key: int, height: int, width: int, scale, ratio) -> None:
     low, high = sorted(ratio)
     crop = CropRecipe(scale=tuple(sorted(scale)), ratio=(low, high))
-    top, left, box_height, box_width, _ = geometry(
+    top, left, box_height, box_width, _ = box_of(
         key, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop))
     )
     assert min(top, left) >= 0
@@ -108,17 +100,19 @@ def test_boxes_of_every_legal_recipe_lie_inside(key: int, height: int, width: in
 def test_seed_key_and_view_each_change_the_view() -> None:
     other_seed = view_parameters(ViewRecipe(seed=8, count=100))
     views = {
-        geometry(1, 1, 500, 400),
-        geometry(2, 1, 500, 400),
-        geometry(1, 2, 500, 400),
-        geometry(1, 1, 500, 400, other_seed),
+        box_of(1, 1, 500, 400),
+        box_of(2, 1, 500, 400),
+        box_of(1, 2, 500, 400),
+        box_of(1, 1, 500, 400, other_seed),
     }
     assert len(views) == 4
 
 
 def uncompile(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("mix", "stream", "draw", "draw_below", "centre_box", "crop_box", "view_geometry"):
-        monkeypatch.setattr(pipeline.views, name, getattr(pipeline.views, name).py_func)
+    for module in (draws, geometry):
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "py_func"):
+                monkeypatch.setattr(module, name, value.py_func)
 
 
 def test_compiled_parameters_equal_uncompiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +121,11 @@ def test_compiled_parameters_equal_uncompiled_ones(monkeypatch: pytest.MonkeyPat
     parameters = [view_parameters(ViewRecipe(seed=2**64 - 1, count=1, crop=crop)) for crop in recipes]
     sizes = [(375, 500), (4000, 6000), (33, 1000), (1, 1)]
     cases = list(itertools.product([0, 3, 2**63, 2**64 - 1], [0, 1, 99, CENTRE], sizes, parameters))
-    compiled = [geometry(key, view, *size, parameters) for key, view, size, parameters in cases]
+    compiled = [box_of(key, view, *size, parameters) for key, view, size, parameters in cases]
     uncompile(monkeypatch)
     with np.errstate(over="ignore"):
         for (key, view, (height, width), parameters), expected in zip(cases, compiled, strict=True):
-            found = pipeline.views.view_geometry(parameters, np.uint64(key), view, np.int64(height), np.int64(width))
+            found = geometry.view_geometry(parameters, np.uint64(key), view, np.int64(height), np.int64(width))
             assert tuple(found) == expected
 
 
@@ -145,9 +139,9 @@ def test_every_decision_reads_its_own_word(
     """A crop that fits at once, and one that never does: ten tries of two words each. The flip's word is fixed."""
     words: list[int] = []
     uncompile(monkeypatch)
-    monkeypatch.setattr(pipeline.views, "draw_below", lambda state, number, bound: words.append(number) or bound // 2)
+    monkeypatch.setattr(geometry, "draw_below", lambda state, number, bound: words.append(number) or bound // 2)
     with np.errstate(over="ignore"):
-        pipeline.views.view_geometry(PARAMETERS, np.uint64(0), 0, np.int64(height), np.int64(width))
+        geometry.view_geometry(PARAMETERS, np.uint64(0), 0, np.int64(height), np.int64(width))
     assert words == [*tries, 64]
 
 
@@ -179,7 +173,7 @@ def test_flip_rate(probability: float) -> None:
 def test_never_and_always_flip_hold_for_the_extreme_draws(key: int, drawn: int, probability: float) -> None:
     assert draw_below(stream(np.uint64(0), np.uint64(key), 0), 64, ONE) == drawn
     parameters = view_parameters(ViewRecipe(seed=0, count=1, hflip=probability))
-    assert geometry(key, 0, 300, 400, parameters)[4] == (probability == 1.0)
+    assert box_of(key, 0, 300, 400, parameters)[4] == (probability == 1.0)
 
 
 @pytest.mark.parametrize(("ratio", "axis"), [(2.0, 3), (0.5, 2)])
@@ -207,7 +201,7 @@ def test_aspects_are_centred_in_their_range() -> None:
 def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
     """Where no try can fit, ten tries end in the centre crop nearest to the allowed aspects."""
     crop = CropRecipe(scale=(0.9, 1.0), ratio=(0.75, 1.3333))
-    found = geometry(0, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop)))[:4]
+    found = box_of(0, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop)))[:4]
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], [0.75, 1.3333])
     assert np.abs(np.array(found) - expected).max() <= 1
 
@@ -216,12 +210,12 @@ def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
 def test_without_a_crop_the_view_is_the_centre_square(centre: float) -> None:
     """Whatever the centre view is: a view is a function of the recipe alone."""
     parameters = view_parameters(ViewRecipe(seed=0, count=1, crop=None, hflip=0.0), centre)
-    assert geometry(5, 0, 300, 500, parameters) == (0, 100, 300, 300, False)
+    assert box_of(5, 0, 300, 500, parameters) == (0, 100, 300, 300, False)
 
 
 def test_the_centre_view_draws_nothing() -> None:
     parameters = view_parameters(RECIPE, 0.5)
-    assert {geometry(key, CENTRE, 300, 500, parameters) for key in range(20)} == {(75, 175, 150, 150, False)}
+    assert {box_of(key, CENTRE, 300, 500, parameters) for key in range(20)} == {(75, 175, 150, 150, False)}
 
 
 @pytest.mark.parametrize("size", [32, 160, 224, 288])
@@ -232,7 +226,7 @@ def test_the_centre_crop_is_timms(size: int, crop_pct: float) -> None:
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, side), (side, 1)).astype(np.uint8)).convert("RGB")
     transform = timm.data.create_transform((3, size, size), is_training=False, crop_pct=crop_pct, normalize=False)
     left, right = (int(transform(ramp)[0, size // 2, column]) for column in (0, -1))  # pyright: ignore
-    box = geometry(0, CENTRE, side, side, view_parameters(None, centre_fraction(size, crop_pct)))
+    box = box_of(0, CENTRE, side, side, view_parameters(None, centre_fraction(size, crop_pct)))
     half = box[3] / size / 2  # half a pixel of the output, in pixels of the image
     tolerance = 1.5 + 255 * half / side  # torchvision's CenterCrop begins at a whole pixel of the resized image
     assert left == pytest.approx(255 * (box[1] + half) / side, abs=tolerance)

@@ -13,7 +13,7 @@ from pipeline.manifest import text_digest
 from pipeline.recipe import ViewRecipe
 from pipeline.store import Store, open_store
 from pipeline.topk import Codes, SoftLabels, decode
-from pipeline.views import stream_states
+from pipeline.views.draws import stream_states
 from trainer.recipe import DataRecipe, TrainRecipe
 
 ORDER_SALT = 0x6F72646572  # the order of samples must not be correlated with the views' draws

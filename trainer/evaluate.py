@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.beton import Beton
 from pipeline.launch import make_accelerator
 from pipeline.loader import ViewLoader
-from pipeline.views import CENTRE
+from pipeline.views.geometry import CENTRE
 from trainer.data import open_validation_set
 from trainer.recipe import TrainRecipe
 from trainer.student import Student, load_exported, make_student

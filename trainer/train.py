@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipeline.errors import DataError
 from pipeline.launch import StopSignal, make_accelerator
 from pipeline.loader import ViewLoader
-from pipeline.views import stream
+from pipeline.views.draws import stream
 from trainer.checkpoint import load_checkpoint, open_run, save_checkpoint, save_weights
 from trainer.data import TrainingSet, open_training_set, open_validation_set, share
 from trainer.evaluate import top1, validation_loader

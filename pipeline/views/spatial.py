@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.colour import interpolate
+from pipeline.views.colour import interpolate
 
 COEFFICIENT_BITS = 20
 DEGREE = 64  # angles are multiples of 1 / DEGREE degrees

@@ -9,7 +9,7 @@ flat indices, no branches, and 32-bit arithmetic in functions of its own, which 
 import numpy as np
 from numba import njit
 
-from pipeline.views import draw
+from pipeline.views.draws import draw
 
 FACTOR_BITS = 14
 WEIGHT_BITS = 16
