@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
 from pipeline.errors import DataError
-from pipeline.recipe import LabelRecipe, PackRecipe, load_recipe
+from pipeline.recipe import LabelRecipe, PackRecipe
+from pipeline.recipe_file import load_recipe
 
 DAMAGED_STATUS = 1
 

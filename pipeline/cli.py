@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.errors import RecipeError, SoftshardError
-from pipeline.recipe import Override
+from pipeline.recipe_file import Override
 
 ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130

@@ -31,6 +31,12 @@ def decodes(jpeg: bytes, height: int, width: int) -> bool:
     return _decode(jpeg, height, width, 8) is not None
 
 
+def jpeg_version() -> str:
+    """The version of libjpeg-turbo that the extension was built with."""
+    number = _library.softshard_jpeg_version()
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
 def _decode(jpeg: bytes, height: int, width: int, denominator: int) -> NDArray[np.uint8] | None:
     scaled = (-(-height // denominator), -(-width // denominator))
     image, place = np.empty((*scaled, 3), np.uint8), np.empty(4, np.int64)

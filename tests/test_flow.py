@@ -60,7 +60,8 @@ def test_the_demos_recipes_run_end_to_end(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_hard_and_soft_students_share_start_views_and_budget() -> None:
-    from pipeline.recipe import LabelRecipe, load_recipe
+    from pipeline.recipe import LabelRecipe
+    from pipeline.recipe_file import load_recipe
     from trainer.recipe import TrainRecipe
 
     demo = ROOT / "configs/demo"

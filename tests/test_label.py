@@ -75,6 +75,11 @@ def test_labels_are_the_teachers_for_the_same_pixels(inputs: Path, store_path: P
         assert (kept[:, 0] == expected.max(dim=1).values).all()
 
 
+def test_the_process_cache_makes_the_same_store(inputs: Path, store_path: Path, other_store: Path) -> None:
+    assert label(label_recipe(inputs, ("store", str(other_store)), ("os_cache", "false")))
+    assert files_of(other_store) == files_of(store_path)
+
+
 def test_the_random_teachers_labels_vary(store_path: Path) -> None:
     """Otherwise the tests of this file would see little."""
     first, second = open_store(store_path).read_view(0), open_store(store_path).read_view(1)
@@ -94,7 +99,8 @@ from pathlib import Path
 from typing import Any
 import pipeline.zarr_store as zarr_store
 from pipeline.label import label
-from pipeline.recipe import LabelRecipe, load_recipe
+from pipeline.recipe import LabelRecipe
+from pipeline.recipe_file import load_recipe
 write, digests = zarr_store.ZarrGroup.write, []
 def write_or_die(self, name, selection, values):
     if name == "block_digest":

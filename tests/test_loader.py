@@ -18,13 +18,25 @@ import pytest
 import torch
 from PIL import Image
 
+import pipeline.beton
 import pipeline.loader
 from pipeline.beton import Beton, open_beton
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RecipeError
 from pipeline.loader import ViewLoader
-from pipeline.recipe import CropRecipe, ViewRecipe
+from pipeline.pack import pack
+from pipeline.recipe import (
+    ColorJitterRecipe,
+    CropRecipe,
+    MixRecipe,
+    PackRecipe,
+    RandAugmentRecipe,
+    RandomErasingRecipe,
+    SourceRecipe,
+    ViewRecipe,
+)
 from pipeline.views.geometry import CENTRE, view_geometry
-from pipeline.views.parameters import view_parameters
+from pipeline.views.parameters import MEAN_COLOUR, view_parameters
+from pipeline.views.render import find_partners
 
 RECIPE = ViewRecipe(seed=1, count=8)
 CPU = torch.device("cpu")
@@ -310,3 +322,166 @@ def test_another_threading_layer_is_refused(digits) -> None:
     command = [sys.executable, "-c", code, str(digits.path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert "expected the threading layer tbb, found workqueue" in done.stderr
+
+
+# Several views, operations, mixing, caches
+
+
+RICH = ViewRecipe(
+    seed=5,
+    count=8,
+    rand_augment=RandAugmentRecipe(),
+    random_erasing=RandomErasingRecipe(),
+    color_jitter=ColorJitterRecipe(hue=0.1),
+    mixup=MixRecipe(alpha=0.4, probability=0.5),
+    cutmix=MixRecipe(probability=0.5),
+)
+
+
+@pytest.mark.parametrize("views", [RECIPE, RICH, RICH.model_copy(update={"dct_scaling": True})])
+@pytest.mark.parametrize("count", [1, 5])
+def test_several_views_are_what_each_alone_is(photos: Beton, views: ViewRecipe, count: int) -> None:
+    loader, rows = make(photos, views=views), np.arange(len(photos))
+    numbers = np.random.default_rng(0).integers(0, 8, (len(rows), count))
+    several = [batch._replace(images=batch.images.clone()) for batch in loader.render(rows, numbers)]
+    assert several[0].images.shape == (16, count, 3, SIZE, SIZE)
+    images = torch.cat([batch.images for batch in several])
+    for g in range(count):
+        alone = [batch._replace(images=batch.images.clone()) for batch in loader.render(rows, numbers[:, g])]
+        assert torch.equal(images[:, g], torch.cat([batch.images for batch in alone]))
+        for batch, whole in zip(alone, several, strict=True):
+            assert torch.equal(batch.labels, whole.labels)
+            assert (batch.mixed is None) == (whole.mixed is None) == (not views.mixes)
+            if batch.mixed and whole.mixed:
+                assert torch.equal(batch.mixed.labels, whole.mixed.labels[:, g])
+                assert torch.equal(batch.mixed.shares, whole.mixed.shares[:, g])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 10_000])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_operations_do_not_depend_on_batches_workers_and_order(digits, batch_size: int, workers: int) -> None:
+    rows, order = np.arange(len(digits)), np.random.default_rng(1).permutation(len(digits))
+    expected = pixels(make(digits, views=RICH), rows, 3)
+    assert torch.equal(pixels(make(digits, batch_size, workers, RICH), rows[order], 3), expected[order])
+
+
+def test_a_view_that_erases_differs_from_one_that_does_not_only_in_its_boxes(photos: Beton) -> None:
+    plain = ViewRecipe(seed=5, count=8)
+    erasing = RandomErasingRecipe(probability=1.0, area=(0.2, 0.2), aspect=(1.0, 1.0), mode="const")
+    rows = np.arange(len(photos))
+    before, after = (
+        pixels(make(photos, views=views), rows, 0)
+        for views in (plain, plain.model_copy(update={"random_erasing": erasing}))
+    )
+    side = round(SIZE * 0.2**0.5)
+    colour = torch.tensor(MEAN_COLOUR)[:, None, None]
+    for one, other in zip(before, after, strict=True):
+        changed = (one != other).any(dim=0)
+        assert 0 < changed.sum() <= side * side
+        assert torch.equal(other[:, changed], colour.expand(3, SIZE, SIZE)[:, changed].to(torch.uint8))
+
+
+def test_dct_scaling_changes_large_crops_alone_and_only_a_little(photos: Beton) -> None:
+    whole = ViewRecipe(seed=1, count=1, crop=CropRecipe(scale=(1.0, 1.0)), hflip=0.0)
+    rows = np.arange(len(photos))
+    plain = pixels(make(photos, views=whole), rows, 0).float()
+    scaled = pixels(make(photos, views=whole.model_copy(update={"dct_scaling": True})), rows, 0).float()
+    geometry = [
+        view_geometry(view_parameters(whole), key, 0, height, width)
+        for key, height, width in zip(photos.keys, photos.heights, photos.widths, strict=True)
+    ]
+    large = torch.tensor([min(box[2], box[3]) >= 2 * SIZE for box in geometry])
+    difference = (plain - scaled).abs().mean(dim=(1, 2, 3))
+    assert 2 <= large.sum() < len(rows)
+    assert difference[~large].max() == 0
+    assert 0 < difference[large].max() < 5
+
+
+@pytest.mark.parametrize("only", ["mixup", "cutmix"])
+def test_mixing_is_what_the_shares_say(digits: Beton, only: str) -> None:
+    """The mixed view from the two views alone: a blend, or pixels of one or the other."""
+    mix, rows = MixRecipe(alpha=1.0), np.arange(len(digits))
+    plain, views = ViewRecipe(seed=2, count=2), ViewRecipe.model_validate({"seed": 2, "count": 2, only: mix})
+    own = pixels(make(digits, views=plain), rows, 1).float()
+    partners = find_partners(view_parameters(views), digits.keys, np.argsort(digits.keys), np.ones((len(rows), 1), int))
+    others = pixels(make(digits, views=plain), partners[:, 0], 1).float()
+    start = 0
+    for batch in make(digits, views=views).render(rows, 1):
+        part = slice(start, start + len(batch.rows))
+        start += len(batch.rows)
+        assert batch.mixed is not None
+        assert batch.mixed.shares.dtype == torch.float32
+        assert torch.equal(batch.mixed.labels, torch.from_numpy(digits.labels[partners[part, 0]]))
+        share = batch.mixed.shares[:, None, None, None]
+        images = batch.images.float()
+        if only == "mixup":
+            assert (images - share * own[part] - (1 - share) * others[part]).abs().max() <= 0.51
+        else:
+            taken = (images != own[part]).any(dim=1)
+            assert torch.where(taken[:, None], images == others[part], images == own[part]).all()
+            assert (taken.float().mean(dim=(1, 2)) <= 1 - batch.mixed.shares + 1e-5).all()
+
+
+def test_partners_do_not_depend_on_the_order_of_the_rows(digits: Beton) -> None:
+    parameters, views = view_parameters(RICH), np.ones((len(digits), 1), np.int64)
+    shuffled = np.random.default_rng(0).permutation(len(digits))
+    rows = find_partners(parameters, digits.keys, np.argsort(digits.keys), views)[:, 0]
+    keys = digits.keys[shuffled]
+    other = find_partners(parameters, keys, np.argsort(keys), views)[:, 0]
+    assert 20 < (rows >= 0).sum() < 180
+    assert np.array_equal(np.where(other < 0, 0, keys[other]), np.where(rows < 0, 0, digits.keys[rows])[shuffled])
+
+
+def test_the_process_cache_gives_the_same(photos: Beton, digits: Beton, expected, pairs) -> None:
+    order = np.random.default_rng(2).permutation(len(pairs[0]))
+    loader = ViewLoader(digits, RECIPE, SIZE, 16, 2, CPU, os_cache=False, batches_ahead=1)
+    for _ in range(2):
+        assert torch.equal(pixels(loader, pairs[0][order], pairs[1][order]), expected[order])
+
+
+def test_the_process_cache_reads_several_pages(photo_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline.beton, "MIN_PAGE_BYTES", 1 << 12)
+    source = SourceRecipe(kind="imagefolder", path=str(photo_folder))
+    pack(PackRecipe(source=source, output=str(tmp_path / "pages.beton"), max_side=120))
+    beton = open_beton(tmp_path / "pages.beton")
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(len(beton)), 3))
+    by_system = pixels(make(beton, 2), rows, 1)
+    cached = pixels(ViewLoader(beton, RECIPE, SIZE, 2, 2, CPU, os_cache=False), rows, 1)
+    assert torch.equal(cached, by_system)
+
+
+def test_leaving_the_process_cache_early_ends_its_readers(digits: Beton) -> None:
+    loader = ViewLoader(digits, RECIPE, SIZE, 16, 2, CPU, os_cache=False)
+    before = threading.active_count()
+    for _ in range(20):
+        for _ in loader.render(np.arange(len(digits)), 0):
+            break
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+def test_mixing_wants_the_system_cache(digits: Beton) -> None:
+    with pytest.raises(RecipeError, match="expected os_cache: true for mixup and cutmix, found false"):
+        ViewLoader(digits, RICH, SIZE, 16, 2, CPU, os_cache=False)
+
+
+def test_a_damaged_partner_is_named(copy: Path) -> None:
+    views = ViewRecipe(seed=1, count=1, mixup=MixRecipe())
+    beton = open_beton(copy)
+    partners = find_partners(
+        view_parameters(views), beton.keys, np.argsort(beton.keys), np.zeros((len(beton), 1), np.int64)
+    )[:, 0]
+    row = next(row for row in range(len(beton)) if partners[row] != row)
+    with copy.open("r+b") as file:
+        file.seek(int(beton.offsets[partners[row]]) + 100)
+        file.write(b"damaged")
+    with pytest.raises(DataError, match=rf"found 1 that have changed, such as {beton.manifest.keys[partners[row]]};"):
+        pixels(make(open_beton(copy), views=views), np.array([row]), 0)
+
+
+def test_views_of_other_rows_are_refused(digits: Beton) -> None:
+    with pytest.raises(AssertionError, match="views of 3 rows for 2"):
+        next(make(digits).render(np.arange(2), np.zeros((3, 4), np.int64)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.topk import SoftLabels
-from trainer.losses import TailPolicy, distillation_loss, topk_kl
+from trainer.losses import TailPolicy, distillation_loss, mixed_labels, topk_kl
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=80)
 POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)
@@ -201,3 +201,24 @@ def test_temperature_squared_keeps_the_gradients_size() -> None:
         for s, t in ((flat, 50.0), (flatter, 100.0))
     ]
     torch.testing.assert_close(norms[0], norms[1], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_mixed_labels_is_the_mixed_loss(smoothing: float) -> None:
+    """Also where the two labels are the same, and where nothing is mixed in."""
+    logits, _ = random_case(3, 7, 2, rows=4)
+    labels, others = torch.tensor([0, 6, 2, 3]), torch.tensor([5, 0, 2, 1])
+    shares = torch.tensor([0.25, 0.5, 0.75, 1.0])
+    mixed = mixed_labels(labels, others, shares, 7)
+
+    def loss(hard: Tensor, row: slice | int = slice(None)) -> Tensor:
+        rows = logits[row].reshape(-1, 7)
+        options = {"alpha": 0.0, "temperature": 1.0, "tail": "drop", "label_smoothing": smoothing}
+        return distillation_loss(rows, hard, None, **options)  # pyright: ignore[reportArgumentType]
+
+    expected = [
+        shares[row] * loss(labels[row : row + 1], row) + (1 - shares[row]) * loss(others[row : row + 1], row)
+        for row in range(4)
+    ]
+    assert mixed.sum(dim=1).tolist() == [1.0] * 4
+    torch.testing.assert_close(loss(mixed), torch.stack(expected).mean())

@@ -25,7 +25,8 @@ from pipeline.jpeg import decodes
 from pipeline.loader import ViewLoader
 from pipeline.manifest import PackManifest, key_digest
 from pipeline.pack import _eight_bits, encode
-from pipeline.recipe import PackRecipe, load_recipe
+from pipeline.recipe import PackRecipe
+from pipeline.recipe_file import load_recipe
 from pipeline.views.geometry import CENTRE
 
 ORIENTATION = 0x0112

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pipeline.cli import overrides
 from pipeline.errors import RecipeError
-from pipeline.recipe import LabelRecipe, Model, PackRecipe, ViewRecipe, dump_recipe, first_difference, load_recipe
+from pipeline.recipe import LabelRecipe, Model, PackRecipe, ViewRecipe
+from pipeline.recipe_file import dump_recipe, first_difference, load_recipe
 from trainer.recipe import TrainRecipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -45,6 +45,7 @@ def make_manifest(samples: int = 10, classes: int = 7, k: int = 3, block_rows: i
         class_list_digest="abc",
         views=ViewRecipe(seed=2**64 - 1, count=views),
         teachers=(teacher,),
+        probes=(),
         libraries={"zarr": "3"},
     )
 

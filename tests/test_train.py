@@ -16,6 +16,7 @@ import timm
 import torch
 from small_runs import TRAIN, label_recipe, launch, make_inputs, pack_folder, train_recipe, write_digits, write_recipe
 
+import pipeline.probes
 from pipeline.beton import open_beton
 from pipeline.errors import DataError, FormatError, RecipeError
 from pipeline.label import label
@@ -239,6 +240,30 @@ class TestJoin:
         pack_folder(inputs / "renamed", inputs / "renamed.beton")
         with pytest.raises(DataError, match=r"expected labels of the class list of .* found those of another"):
             open_training_set(train_recipe(inputs, ("data.train", str(inputs / "renamed.beton"))))
+
+    def test_pixels_that_are_no_longer_those_that_were_labelled(self, inputs: Path, monkeypatch) -> None:
+        render = pipeline.probes._render
+        monkeypatch.setattr(pipeline.probes, "_render", lambda *arguments: render(*arguments) ^ 255)
+        with pytest.raises(
+            DataError, match=r"labels.zarr: expected the pixels that were labelled, found others in 32 of"
+        ):
+            open_training_set(train_recipe(inputs))
+        with pytest.raises(
+            DataError, match=r"labels.zarr: expected the pixels that were labelled, found others in 32 of"
+        ):
+            label(label_recipe(inputs))
+
+    def test_views_that_mix_need_the_whole_set(self, inputs: Path) -> None:
+        store, part = inputs / "mixed.zarr", inputs / "part"
+        mixing = ("views.mixup", "{alpha: 0.4}"), ("views.cutmix", "{alpha: 1.0}"), ("views.rand_augment", "{}")
+        assert label(label_recipe(inputs, *mixing, ("store", str(store))))
+        shutil.copytree(inputs / "train", part)
+        (part / "3/2.jpg").unlink()
+        pack_folder(part, inputs / "part.beton")
+        changes = ("data.labels", str(store)), ("schedule.epochs", "2"), ("output", str(inputs / "mixed"))
+        with pytest.raises(DataError, match=r"expected all 70 labelled images in .*part.beton, .* found 69; pack them"):
+            open_training_set(train_recipe(inputs, *changes, ("data.train", str(inputs / "part.beton"))))
+        assert train(train_recipe(inputs, *changes))
 
     def test_a_store_that_is_not_finished_is_refused(self, inputs: Path, other_run: Path) -> None:
         store = inputs / "unfinished.zarr"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
 from pipeline.files import write_atomically
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from trainer.recipe import TrainRecipe
 
 

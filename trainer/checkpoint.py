@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.errors import DataError, FormatError
 from pipeline.files import atomic_path, write_atomically
-from pipeline.recipe import first_difference, load_recipe, save_recipe
+from pipeline.recipe_file import first_difference, load_recipe, save_recipe
 from trainer.recipe import TrainRecipe
 
 RECIPE, CLASSES, CHECKPOINT, METRICS, WEIGHTS = (

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pipeline.beton import Beton, open_beton
 from pipeline.errors import DataError
 from pipeline.manifest import text_digest
+from pipeline.probes import check_probes
 from pipeline.recipe import ViewRecipe
 from pipeline.store import Store, open_store
 from pipeline.topk import Codes, SoftLabels, decode
@@ -124,6 +125,12 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> TrainingSet:
             f"found none for {len(missing)}, such as {_few(beton, missing)}; "
             "label them, or leave them out with data.missing_labels: skip"
         )
+    if store.manifest.views.mixes and not (found.all() and len(beton) == len(store.keys)):
+        raise DataError(
+            f"{recipe.labels}: expected all {len(store.keys)} labelled images in {beton.path}, because views that mix "
+            f"images depend on the whole set, found {int(found.sum())}; pack them all, or label these"
+        )
+    check_probes(beton, store.manifest, str(recipe.labels))
     return TrainingSet(beton, store.manifest.views, np.flatnonzero(found), store, np.where(found, place, -1))
 
 

@@ -9,7 +9,7 @@ import timm.models
 import torch
 
 from pipeline.errors import DataError
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from trainer.checkpoint import CLASSES, RECIPE, WEIGHTS
 from trainer.recipe import TrainRecipe
 from trainer.student import Student, make_student

@@ -51,8 +51,8 @@ def distillation_loss(
 ) -> Tensor:
     """(1 - alpha) * cross-entropy on hard labels + alpha * T^2 * KL on soft labels; a scalar.
 
-    logits float [B, C], hard int64 [B]. Without soft labels it is the cross-entropy alone and alpha plays no part;
-    with alpha = 1 hard labels are not looked at and may be None.
+    logits float [B, C]; hard int64 [B], or float [B, C] for mixed labels. Without soft labels it is the cross-entropy
+    alone and alpha plays no part; with alpha = 1 hard labels are not looked at and may be None.
     """
     if soft is None:
         return _cross_entropy(logits, hard, label_smoothing)
@@ -62,10 +62,20 @@ def distillation_loss(
     return (1 - alpha) * _cross_entropy(logits, hard, label_smoothing) + alpha * divergence
 
 
+def mixed_labels(labels: Tensor, others: Tensor, shares: Tensor, classes: int) -> Tensor:
+    """Hard labels of mixed images, float32 [B, C]: `shares` of `labels` and the rest of `others`, [B] each (Mixup,
+    arXiv 1710.09412; CutMix, arXiv 1905.04899)."""
+    mixed = torch.zeros(len(labels), classes, device=labels.device)
+    mixed.scatter_add_(1, labels[:, None], shares[:, None])
+    return mixed.scatter_add_(1, others[:, None], 1 - shares[:, None])
+
+
 def _cross_entropy(logits: Tensor, hard: Tensor | None, label_smoothing: float) -> Tensor:
     assert hard is not None, "hard labels may be left out only where soft labels are all of the loss"
     with torch.autocast(logits.device.type, enabled=False):
-        return functional.cross_entropy(_precise(logits), hard, label_smoothing=label_smoothing)
+        logits = _precise(logits)
+        hard = hard.to(logits.dtype) if hard.is_floating_point() else hard
+        return functional.cross_entropy(logits, hard, label_smoothing=label_smoothing)
 
 
 def _precise(logits: Tensor) -> Tensor:

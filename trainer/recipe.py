@@ -1,4 +1,4 @@
-"""The train recipe: data, student, loss, optimiser, schedule. pipeline/recipe.py reads it."""
+"""The train recipe: data, student, loss, optimiser, schedule. pipeline/recipe_file.py reads it."""
 
 import difflib
 from typing import Annotated, Literal

@@ -22,7 +22,7 @@ from pipeline.views.draws import stream
 from trainer.checkpoint import load_checkpoint, open_run, save_checkpoint, save_weights
 from trainer.data import TrainingSet, open_training_set, open_validation_set, share
 from trainer.evaluate import top1, validation_loader
-from trainer.losses import distillation_loss
+from trainer.losses import distillation_loss, mixed_labels
 from trainer.recipe import TrainRecipe
 from trainer.student import Student, make_student
 
@@ -117,9 +117,12 @@ class _State:
         self.schedule.step_update(update)
         with self.accelerator.autocast():
             logits = self.model(batch.images)
+        hard, mixed = batch.labels, batch.mixed
+        if mixed:
+            hard = mixed_labels(hard, mixed.labels, mixed.shares, self.recipe.student.num_classes)
         loss = distillation_loss(
             logits,
-            batch.labels,
+            hard,
             soft,
             alpha=loss_recipe.alpha,
             temperature=loss_recipe.temperature,

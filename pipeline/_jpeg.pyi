@@ -1,0 +1,1 @@
+"""C functions, called by address; see jpeg.py."""
