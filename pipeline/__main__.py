@@ -64,6 +64,14 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _render(arguments: argparse.Namespace) -> int:
+    from pipeline.sheet import make_sheet
+
+    recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
+    print(make_sheet(recipe, arguments.keys, arguments.views, arguments.out, arguments.size))
+    return 0
+
+
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise DataError(f"{path}: expected a .beton or a store of labels, found nothing there; check the path")
@@ -80,6 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = add_verb(verbs, "show", "what a .beton or a store holds", _show, config=False)
     show.add_argument("path", type=Path)
     show.add_argument("--json", action="store_true", help="one JSON document, for programs")
+    render = add_verb(verbs, "render", "views of a label recipe as a picture, with their parameters", _render)
+    render.add_argument("--keys", action="append", required=True, help="images, with commas between them")
+    render.add_argument("--views", required=True, help="numbers and ranges: 0-7 or 0,3,5-6")
+    render.add_argument("--out", type=Path, required=True, help="the .png to write")
+    render.add_argument("--size", type=int, help="pixels of a view's side, instead of the teacher's")
     return run(parser, arguments)
 
 

@@ -11,11 +11,11 @@ from pipeline.beton import Beton, kept_threads  # imports ffcv first, and undoes
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -23,8 +23,6 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
-from numba.core import config
-from numba.np.ufunc.parallel import threading_layer
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,6 +34,7 @@ from pipeline.views.render import find_partners, render
 
 POLL_SECONDS = 0.2
 NO_SLOTS = np.zeros(1, np.uint32)
+PARTS_A_WORKER = 4  # a batch is dealt in more parts than threads, so that none waits long for the others
 _BUILDING = threading.Lock()
 
 
@@ -64,7 +63,7 @@ class ViewLoader:
     """Renders any list of (row, view) pairs of a .beton at one output size.
 
     views: the recipe, or None for a loader that only renders the centre view (validation);
-    workers: decoding threads, at most one for each core; crop_pct: timm's, for the centre view;
+    workers: decoding threads; crop_pct: timm's, for the centre view;
     os_cache, batches_ahead: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it
     still needs, for files larger than memory: rows then come fastest in the order of the file.
 
@@ -83,14 +82,13 @@ class ViewLoader:
         os_cache: bool = True,
         batches_ahead: int = 3,
     ) -> None:
-        _require_tbb()
         self._mixes = views is not None and views.mixes
         if self._mixes and not os_cache:
             raise RecipeError("views: expected os_cache: true for mixup and cutmix, found false; set one of them off")
         self._device, self._beton = device, beton
         self._parameters = view_parameters(views, centre_fraction(size, crop_pct))
         self._size, self._batch_size = size, batch_size
-        self._workers = min(workers, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+        self._workers = workers
         self._os_cache, self._batches_ahead = os_cache, batches_ahead
         self._loaders: dict[int, Loader] = {}
         self._order = np.argsort(beton.keys)
@@ -107,7 +105,7 @@ class ViewLoader:
         assert len(numbers) == len(rows), f"views of {len(numbers)} rows for {len(rows)}"
         assert ((rows >= 0) & (rows < len(self._beton))).all(), "rows are not checked where they are used"
         partners = find_partners(self._parameters, self._beton.keys[rows], self._order, numbers)
-        epoch = _ViewEpoch(self._loader(numbers.shape[1]), rows, numbers, partners)
+        epoch = _ViewEpoch(self._loader(numbers.shape[1]), rows, numbers, partners, self._workers)
         start = 0
         try:
             for (output,) in epoch:
@@ -187,13 +185,12 @@ class _ViewDecoder(SimpleRGBImageDecoder):
 
         def decode(rows, memory, metadata, storage_state):
             pixels, views, partners, shares, failed = memory
-            data, _, _, *slots = storage_state  # the mapped file, or [number of pages in memory, bytes of a page]
+            pool, (data, _, _, *slots) = storage_state  # data: the mapped file, or pages in memory [count, bytes]
             page_bits = data.shape[1].bit_length() - 1 if slots else 0
-            numba.set_num_threads(workers)
-            render(
-                rows.astype(np.int64), views, partners, columns, data.ctypes.data, slots[0] if slots else NO_SLOTS,
-                page_bits, parameters, workers, pixels, shares, failed,
-            )  # fmt: skip
+            where = data.ctypes.data, slots[0] if slots else NO_SLOTS, page_bits
+            work = (rows.astype(np.int64), views, partners, columns, *where, parameters, pixels, shares, failed)
+            parts = min(len(rows), workers * PARTS_A_WORKER)
+            list(pool.map(lambda part: render(part, parts, *work), range(parts)))
             return _Output(pixels, shares)
 
         return decode
@@ -208,18 +205,21 @@ class _DecodeError(Exception):
 class _ViewEpoch(EpochIterator):
     """FFCV's epoch thread: view numbers go in, failures and exceptions come out, and the end is the end."""
 
-    def __init__(self, loader: Loader, rows: NDArray, views: NDArray, partners: NDArray) -> None:
-        self._views, self._partners, self._error = views, partners, None
+    def __init__(self, loader: Loader, rows: NDArray, views: NDArray, partners: NDArray, workers: int) -> None:
+        self._views, self._partners, self._workers, self._error = views, partners, workers, None
         super().__init__(loader, rows.astype(np.uint64))  # pyright: ignore[reportArgumentType]  # starts the thread
 
     def run(self) -> None:
         """FFCV's own loop sets torch's number of threads, and does not look whether it should end while it has room."""
         try:
-            for number, rows in enumerate(self.iter_ixes):
-                slot = number % (self.loader.batches_ahead + 2)
-                self._put((slot, self.run_pipeline(number, rows, slot, None)))
-                if self.terminate_event.is_set():
-                    return
+            # Threads of the epoch's own: numba's layers do not survive a fork, or abort on concurrent use.
+            with ThreadPoolExecutor(self._workers, "decode") as pool:
+                self.storage_state = (pool, self.storage_state)
+                for number, rows in enumerate(self.iter_ixes):
+                    slot = number % (self.loader.batches_ahead + 2)
+                    self._put((slot, self.run_pipeline(number, rows, slot, None)))
+                    if self.terminate_event.is_set():
+                        return
             self._put(None)
         except BaseException as error:
             self._error = error
@@ -280,12 +280,3 @@ def _uncompiled():
             yield
         finally:
             Compiler.set_enabled(True)
-
-
-def _require_tbb() -> None:
-    """Numba's own threading layer aborts on concurrent use, OpenMP's does not survive a fork."""
-    layer = threading_layer()
-    if layer != "tbb":
-        raise DataError(
-            f"numba: expected the threading layer tbb, found {layer}; `pip install tbb`, unset NUMBA_THREADING_LAYER"
-        )

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 
 import pipeline.jpeg  # noqa: F401  # registers the C functions before anything is compiled
 from pipeline.views import colour, mixing, policies, spatial
@@ -127,31 +127,29 @@ def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spa
     if _crc32(jpeg, length) != crc:
         return False
     count, size = len(views), out.shape[1]
-    boxes, scales, flips = np.empty((count, 4), np.int64), np.empty(count, np.int64), np.empty(count, np.bool_)
+    boxes, flips = np.empty((count, 5), np.int64), np.empty(count, np.bool_)
     for g in range(count):
         top, left, box_height, box_width, flips[g] = view_geometry(p, key, views[g], height, width)
         scale = denominator(p, box_height, box_width, size)
-        bottom, right = -(-(top + box_height) // scale), -(-(left + box_width) // scale)
-        boxes[g] = (top // scale, left // scale, bottom, right)
-        scales[g] = scale
-    union, place = np.empty(4, np.int64), np.empty(4, np.int64)
+        boxes[g, 0], boxes[g, 1] = top // scale, left // scale
+        boxes[g, 2], boxes[g, 3] = -(-(top + box_height) // scale), -(-(left + box_width) // scale)
+        boxes[g, 4] = scale
+    wanted, place = np.empty(4, np.int64), np.empty(4, np.int64)
     for scale in (1, 2, 4, 8):
-        union[:] = (height, width, 0, 0)
+        top, left, bottom, right = height, width, np.int64(0), np.int64(0)
         for g in range(count):
-            if scales[g] == scale:
-                union[:2] = np.minimum(union[:2], boxes[g, :2])
-                union[2:] = np.maximum(union[2:], boxes[g, 2:])
-        if union[2] == 0:
+            if boxes[g, 4] == scale:
+                top, left = min(top, boxes[g, 0]), min(left, boxes[g, 1])
+                bottom, right = max(bottom, boxes[g, 2]), max(right, boxes[g, 3])
+        if bottom == 0:
             continue
-        union[2:] -= union[:2]
-        if _decode(
-            jpeg, length, height, width, union.ctypes.data, scale, scratch.ctypes.data, place.ctypes.data
-        ):  # fmt: skip
+        wanted[0], wanted[1], wanted[2], wanted[3] = top, left, bottom - top, right - left
+        if _decode(jpeg, length, height, width, wanted.ctypes.data, scale, scratch.ctypes.data, place.ctypes.data):
             return False
         image = scratch[: place[2] * place[3] * 3].reshape(place[2], place[3], 3)
         for g in range(count):
-            if scales[g] == scale:
-                top, left, bottom, right = boxes[g]
+            if boxes[g, 4] == scale:
+                top, left, bottom, right = boxes[g, 0], boxes[g, 1], boxes[g, 2], boxes[g, 3]
                 resize(image, top - place[0], left - place[1], bottom - top, right - left, flips[g], turned, out[g])
     for g in range(count):
         if views[g] != CENTRE:
@@ -168,57 +166,52 @@ def _sources() -> str:
 
 
 def _compiled(sources: str):
-    @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-    def render(rows, views, partners, columns, memory, slots, page_bits, p, parts, pixels, shares, failed):
-        """Render views[i, g] of row rows[i] into pixels[i, g], uint8 [S, S, 3].
+    kept = njit(cache=True, nogil=True, error_model="numpy")
+
+    @kept
+    def render(part, parts, rows, views, partners, columns, memory, slots, page_bits, p, pixels, shares, failed):
+        """Render views[i, g] of row rows[i] into pixels[i, g], uint8 [S, S, 3], for i = part, part + parts, ...
 
         rows int64 [B], views int64 [B, G]; partners int64 [B, G] has the row that a view is mixed with, or -1;
         columns: keys, crc32, offsets, lengths, heights and widths of a Beton. memory is the address of the mapped
-        file, or of the cached pages, where page n lies at place slots[n] (page_bits 0: no pages). The rows are dealt
-        to `parts` parts that run in parallel, each with scratch of its own whichever thread runs it. Receives:
-        shares int64 [B, G], the share of the image itself in units of 1 / ONE; failed int64 [B], the row that has
-        changed or does not decode, or -1.
+        file, or of the cached pages, where page n lies at place slots[n] (page_bits 0: no pages). Receives: shares
+        int64 [B, G], the share of the image itself in units of 1 / ONE; failed int64 [B], the row that has changed
+        or does not decode, or -1.
         """
         _ = sources  # part of the key under which numba keeps a function
         keys, crcs, offsets, lengths, heights, widths = columns
-        size = pixels.shape[2]
-        pixel_count, widest = 0, 0
-        for i in range(len(rows)):
-            for g in range(-1, views.shape[1]):
+        count, size = views.shape[1], pixels.shape[2]
+        largest, widest = np.int64(0), np.int64(0)
+        for i in range(part, len(rows), parts):
+            for g in range(-1, count):
                 row = rows[i] if g < 0 else partners[i, g]
                 if row >= 0:
-                    pixel_count = max(pixel_count, heights[row] * widths[row])
-                    widest = max(widest, widths[row])
-        decoded = np.empty((parts, 3 * pixel_count), np.uint8)
-        turned = np.empty((parts, 3 * widest * size), np.uint8)
-        spares = np.empty((parts, SPARES, size, size, 3), np.uint8)
-        for part in prange(parts):
-            for i in range(part, len(rows), parts):
-                failed[i] = -1
-                for g in range(-1, views.shape[1]):
-                    row = rows[i] if g < 0 else partners[i, g]
-                    if row < 0:
-                        continue
-                    address = offsets[row]
-                    if page_bits:
-                        page = np.int64(slots[address >> page_bits])
-                        address = (page << page_bits) + (address & ((1 << page_bits) - 1))
-                    wanted = views[i] if g < 0 else views[i, g : g + 1]
-                    out = pixels[i] if g < 0 else spares[part, 2:3]
-                    whole = _views(
-                        memory + address, lengths[row], crcs[row], heights[row], widths[row], keys[row], wanted, p,
-                        decoded[part], turned[part], spares[part], out,
-                    )  # fmt: skip
-                    if not whole:
-                        failed[i] = row
-                        break
-                    if g < 0:
-                        shares[i] = ONE
-                    else:
-                        state = stream(p.seed, keys[rows[i]], views[i, g])
-                        shares[i, g] = _mix(p, state, pixels[i, g], spares[part, 2])
+                    largest, widest = max(largest, heights[row] * widths[row]), max(widest, widths[row])
+        decoded, turned = np.empty(3 * largest, np.uint8), np.empty(3 * widest * size, np.uint8)
+        spare = np.empty((SPARES, size, size, 3), np.uint8)
+        for i in range(part, len(rows), parts):
+            failed[i] = -1
+            for g in range(-1, count):  # the image's own views, then the partner of each
+                row = rows[i] if g < 0 else partners[i, g]
+                if row < 0:
+                    shares[i, g] = ONE
+                    continue
+                address = offsets[row]
+                if page_bits:
+                    page = np.int64(slots[address >> page_bits])
+                    address = (page << page_bits) + (address & ((1 << page_bits) - 1))
+                whole = _views(
+                    memory + address, lengths[row], crcs[row], heights[row], widths[row], keys[row],
+                    views[i] if g < 0 else views[i, g : g + 1], p, decoded, turned, spare,
+                    pixels[i] if g < 0 else spare[2:],
+                )  # fmt: skip
+                if not whole:
+                    failed[i] = row
+                    break
+                if g >= 0:
+                    shares[i, g] = _mix(p, stream(p.seed, keys[rows[i]], views[i, g]), pixels[i, g], spare[2])
 
-    @njit(cache=True, nogil=True, error_model="numpy")
+    @kept
     def find_partners(p, keys, order, views):
         """The rows that views are mixed with, or -1: keys uint64 [B], order int64 [N] (rows sorted by key digest),
         views int64 [B, G] -> int64 [B, G]."""
