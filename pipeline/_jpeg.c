@@ -61,11 +61,8 @@ EXPORTED int32_t softshard_decode(const uint8_t *jpeg, int64_t length, int64_t h
     jpeg_create_decompress(&info);
     jpeg_mem_src(&info, jpeg, (unsigned long)length);
     jpeg_read_header(&info, TRUE);
-    int known = info.jpeg_color_space == JCS_GRAYSCALE || info.jpeg_color_space == JCS_RGB ||
-                info.jpeg_color_space == JCS_YCbCr;
-    if (!known || info.image_height != (JDIMENSION)height || info.image_width != (JDIMENSION)width)
-        escape((j_common_ptr)&info);
-    info.out_color_space = JCS_RGB;
+    if (info.image_height != (JDIMENSION)height || info.image_width != (JDIMENSION)width) escape((j_common_ptr)&info);
+    info.out_color_space = JCS_RGB; /* an error unless the file is grey, YCbCr or RGB */
     info.dct_method = JDCT_ISLOW; /* as exact as PIL's, and with SIMD no slower than the fast one */
     info.scale_num = 1;
     info.scale_denom = (unsigned int)denominator;
