@@ -9,6 +9,7 @@ from pipeline.beton import Beton, kept_threads  # imports ffcv first, and undoes
 
 # isort: split
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from pipeline.views.draws import ONE
 from pipeline.views.parameters import ViewParameters, centre_fraction, view_parameters
 from pipeline.views.render import find_partners, render
 
-POLL_SECONDS = 0.2
+POLL_SECONDS, NOTICE_SECONDS = 0.2, 3.0
 NO_SLOTS = np.zeros(1, np.uint32)
 PARTS_A_WORKER = 4  # a batch is dealt in more parts than threads, so that none waits long for the others
 _BUILDING = threading.Lock()
@@ -190,7 +191,8 @@ class _ViewDecoder(SimpleRGBImageDecoder):
             where = data.ctypes.data, slots[0] if slots else NO_SLOTS, page_bits
             work = (rows.astype(np.int64), views, partners, columns, *where, parameters, pixels, shares, failed)
             parts = min(len(rows), workers * PARTS_A_WORKER)
-            list(pool.map(lambda part: render(part, parts, *work), range(parts)))
+            with _patience():
+                list(pool.map(lambda part: render(part, parts, *work), range(parts)))
             return _Output(pixels, shares)
 
         return decode
@@ -268,6 +270,19 @@ class _ViewEpoch(EpochIterator):
 
     def __del__(self) -> None:
         """FFCV closes here; this epoch is closed by ViewLoader.render, in the thread that used it."""
+
+
+@contextmanager
+def _patience():
+    """Say why the first batch after an installation or an upgrade takes its time."""
+    text = "softshard: compiling the decoder, once; this takes about half a minute"
+    notice = threading.Timer(NOTICE_SECONDS, print, (text,), {"file": sys.stderr})
+    if not render.signatures:
+        notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 @contextmanager
