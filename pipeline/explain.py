@@ -8,10 +8,10 @@ from numba import njit
 
 from pipeline.beton import Beton
 from pipeline.views import mixing, policies
-from pipeline.views.draws import ONE, stream
+from pipeline.views.draws import ONE, sources_digest, stream
 from pipeline.views.geometry import view_geometry
 from pipeline.views.parameters import ViewParameters
-from pipeline.views.render import _sources, denominator, find_partners
+from pipeline.views.render import denominator, find_partners
 from pipeline.views.spatial import DEGREE, RADIUS_BITS
 
 
@@ -78,7 +78,7 @@ def _compiled(sources: str):
     return decide
 
 
-_decide = _compiled(_sources())
+_decide = _compiled(sources_digest())
 
 
 def in_words(explanation: Explanation, beton: Beton, row: int, share: float) -> list[str]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -288,10 +289,13 @@ def _patience():
 @contextmanager
 def _uncompiled():
     """Build an FFCV pipeline that calls `render`, which numba caches on disk, instead of compiling code around it. One
-    at a time: the switch is a global of FFCV's."""
+    at a time: the switch is a global of FFCV's. Its loader also makes numba's one type of byte arrays immutable, which
+    other compiled code then no longer finds."""
+    byte_array = numba.uint8[::1]
     with _BUILDING:
         Compiler.set_enabled(False)
         try:
             yield
         finally:
             Compiler.set_enabled(True)
+            byte_array.mutable = True

@@ -335,6 +335,24 @@ def test_an_exception_in_the_consumer_ends_the_epoch(digits) -> None:
     assert not epoch_threads()
 
 
+def test_other_compiled_code_survives_a_loader(digits) -> None:
+    """FFCV's loader changes numba's type of byte arrays for the whole process."""
+
+    @numba.njit
+    def first(values):
+        return values[0]
+
+    values = np.arange(3, dtype=np.uint8)
+    assert first(values) == 0
+    pixels(make(digits), np.arange(2), 0)
+
+    @numba.njit
+    def again(values):
+        return first(values)
+
+    assert again(values) == 0
+
+
 def test_numbas_own_threading_layer_does_no_harm(digits, expected, pairs) -> None:
     """It aborts on concurrent use; two loaders at once do not touch it."""
     environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue"}

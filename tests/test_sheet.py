@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numba.core.types import Array
 from PIL import Image, ImageFont
 from small_packs import jpeg
 
@@ -76,15 +75,8 @@ def config(photos: Beton, tmp_path: Path) -> Path:
 
 
 def tiles_of(beton: Beton, views: ViewRecipe, rows: list[int], count: int) -> list[list[Tile]]:
-    """The tiles of views 0 to count - 1. Every FFCV loader sets `mutable` of numba's one type of byte arrays to False,
-    by which kernels that were compiled before lose their signatures: this gives them back."""
-    tiles = render_tiles(beton, views, rows, np.arange(count), SIZE, 2)
-    for kernel in (*vars(colour).values(), *vars(spatial).values()):
-        for signature in dict.__iter__(getattr(kernel, "overloads", {})):
-            for argument in signature:
-                if isinstance(argument, Array):
-                    argument.mutable = True
-    return tiles
+    """The tiles of views 0 to count - 1."""
+    return render_tiles(beton, views, rows, np.arange(count), SIZE, 2)
 
 
 def render(

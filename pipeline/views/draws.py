@@ -5,8 +5,10 @@ worker, batch, rank, epoch or on what was drawn before. Tables hold rounded quan
 an integer.
 """
 
+import hashlib
 import statistics
 from decimal import Context, Decimal
+from pathlib import Path
 
 import numpy as np
 from numba import njit
@@ -58,6 +60,15 @@ def stream_states(seed, keys, number):
     for i in range(len(keys)):
         states[i] = stream(seed, keys[i], number)
     return states
+
+
+def sources_digest() -> str:
+    """Of all modules of this package: numba looks only at the file of a function that it keeps on disk, so those that
+    call functions of other files have this in their closure, which is part of the key."""
+    state = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        state.update(path.read_bytes())
+    return state.hexdigest()
 
 
 def fixed(fraction: float) -> np.int64:

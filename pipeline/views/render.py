@@ -3,15 +3,12 @@
 Registered with FFCV by the loader. `pipeline.jpeg` gives it the C functions that it calls.
 """
 
-import hashlib
-from pathlib import Path
-
 import numpy as np
 from numba import njit, types
 
 import pipeline.jpeg  # noqa: F401  # registers the C functions before anything is compiled
 from pipeline.views import colour, mixing, policies, spatial
-from pipeline.views.draws import ONE, stream
+from pipeline.views.draws import ONE, sources_digest, stream
 from pipeline.views.geometry import CENTRE, view_geometry
 from pipeline.views.parameters import MEAN_COLOUR
 from pipeline.views.resize import resize
@@ -157,14 +154,6 @@ def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spa
     return True
 
 
-def _sources() -> str:
-    """A digest of all that is compiled into what follows, since numba itself looks only at this file."""
-    state = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        state.update(path.read_bytes())
-    return state.hexdigest()
-
-
 def _compiled(sources: str):
     kept = njit(cache=True, nogil=True, error_model="numpy")
 
@@ -226,4 +215,4 @@ def _compiled(sources: str):
     return render, find_partners
 
 
-render, find_partners = _compiled(_sources())
+render, find_partners = _compiled(sources_digest())
