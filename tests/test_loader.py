@@ -523,3 +523,19 @@ def test_a_damaged_partner_is_named(copy: Path) -> None:
 def test_views_of_other_rows_are_refused(digits: Beton) -> None:
     with pytest.raises(AssertionError, match="views of 3 rows for 2"):
         next(make(digits).render(np.arange(2), np.zeros((3, 4), np.int64)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("views", [RECIPE, RICH])
+def test_batches_on_an_accelerator_are_those_of_the_cpu(digits, pairs, views: ViewRecipe) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    loaders = [ViewLoader(digits, views, SIZE, 16, 2, where, batches_ahead=1) for where in (CPU, device)]
+    held = []  # what is on the device stays as it is, whatever the decoder does with its own memory
+    for cpu, other in zip(*(loader.render(*pairs) for loader in loaders), strict=True):
+        assert other.images.device.type == other.labels.device.type == device.type
+        assert other.images.is_contiguous(memory_format=torch.channels_last)
+        held.append((cpu.images.clone(), cpu.labels, other.images, other.labels))
+    for images, labels, other_images, other_labels in held:
+        assert torch.equal(images, other_images.cpu())
+        assert torch.equal(labels, other_labels.cpu())
