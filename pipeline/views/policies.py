@@ -119,16 +119,21 @@ def _auto_augment(state, plan):
 
 
 @parameter
+def _nearest(numerator, denominator):
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+@parameter
 def level_argument(operation, level, sign, scale):
     """timm's LEVEL_TO_ARG: the argument of an operation at a level from 0 to 10, in units of 1 / ONE. Whole-numbered
     arguments round down, as timm's do, the others to the nearest unit."""
     full = LEVELS * ONE
     if operation == ROTATE:
-        return sign * ((level * 30 * DEGREE + full // 2) // full)
+        return sign * _nearest(level * 30 * DEGREE, full)
     if operation in (SHEAR_X, SHEAR_Y):
-        return sign * ((level * 3 + 50) // 100)
+        return sign * _nearest(level * 3, 100)
     if operation in (TRANSLATE_X, TRANSLATE_Y):
-        return sign * ((level * 45 + 500) // 1000)
+        return sign * _nearest(level * 45, 1000)
     if operation == POSTERIZE:
         bits = level * 4 // full
         return 4 - bits if scale == INCREASING else bits + 4 if scale == ORIGINAL else bits
@@ -139,28 +144,31 @@ def level_argument(operation, level, sign, scale):
         return level * 110 // full
     if operation in (SATURATION, CONTRAST, BRIGHTNESS, SHARPNESS):
         if scale == INCREASING:
-            return FACTOR + sign * ((9 * level * FACTOR + 5 * full) // (10 * full))
-        return ((18 * level + full) * FACTOR + 5 * full) // (10 * full)
+            return FACTOR + sign * _nearest(9 * level * FACTOR, 10 * full)
+        return _nearest((18 * level + full) * FACTOR, 10 * full)
     return np.int64(0)
 
 
 @parameter
 def _trivial_augment(p, state, plan):
-    """torchvision's TrivialAugmentWide (arXiv 2103.10158): one operation, any of `bins` strengths."""
+    """torchvision's TrivialAugmentWide (arXiv 2103.10158): one operation, any of `bins` strengths. Translations are not
+    cut to whole pixels, since a view has no size."""
     operation = TRIVIAL_OPERATIONS[draw_below(state, POLICY_WORD, len(TRIVIAL_OPERATIONS))]
     step, last = draw_below(state, POLICY_WORD + 2, p.bins), p.bins - 1
     sign = 1 - 2 * draw_below(state, POLICY_WORD + 3, 2)
     argument = np.int64(0)
     if operation in (SHEAR_X, SHEAR_Y):
-        argument = sign * (step * 99 * ONE // (100 * last))
+        argument = sign * _nearest(step * 99 * ONE, 100 * last)
     elif operation in (TRANSLATE_X, TRANSLATE_Y):
-        argument = sign * (step * 32 * ONE // (TRANSLATE * last))
+        argument = sign * _nearest(step * 32 * ONE, TRANSLATE * last)
     elif operation == ROTATE:
-        argument = sign * (step * 135 * DEGREE // last)
+        argument = sign * _nearest(step * 135 * DEGREE, last)
     elif operation in (BRIGHTNESS, SATURATION, CONTRAST, SHARPNESS):
-        argument = FACTOR + sign * (step * 99 * FACTOR // (100 * last))
+        argument = FACTOR + sign * _nearest(step * 99 * FACTOR, 100 * last)
     elif operation == POSTERIZE:
-        argument = 8 - (12 * step + last) // (2 * last)  # 6 * step / last, rounded
+        lost = _nearest(6 * step, last)
+        tie = 12 * step + last == 2 * last * lost
+        argument = 8 - lost + (lost % 2 if tie else 0)  # halves round to even numbers, as torch's do
     elif operation == SOLARIZE:
         argument = -(-255 * (last - step) // last)  # rounded up: what is below 8.5 is below 9
     return np.int64(0) if operation == IDENTITY else _add(plan, 0, operation, argument)
