@@ -25,7 +25,7 @@ from pipeline.recipe import (
     ViewRecipe,
 )
 from pipeline.views import policies
-from pipeline.views.draws import ONE, stream
+from pipeline.views.draws import ONE, draw_below, stream
 from pipeline.views.parameters import MEAN_COLOUR, ViewParameters, view_parameters
 from pipeline.views.policies import (
     BLUR,
@@ -39,6 +39,7 @@ from pipeline.views.policies import (
     IDENTITY,
     OPERATION_NAMES,
     PLAN_LENGTH,
+    POLICY_WORD,
     POSTERIZE,
     RADIUS_BITS,
     RAND_OPERATIONS,
@@ -235,6 +236,23 @@ def test_rand_augment_applies_each_operation_with_its_probability(operations: in
     lengths = [len(plan) for plan in plans_of(parameters_of(2, rand_augment=recipe), 10_000)]
     expected = stats.binom.pmf(np.arange(operations + 1), operations, probability)
     assert_frequencies(np.bincount(lengths, minlength=operations + 1), expected)
+
+
+@njit
+def key_of_draw(number, wanted):
+    """A key for which word `number` gives this draw, of seed 0 and view 0."""
+    key = 0
+    while draw_below(stream(np.uint64(0), key, 0), number, ONE) != wanted:
+        key += 1
+    return key
+
+
+@pytest.mark.parametrize("wanted", [0, ONE - 1])
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_never_and_always_hold_for_the_extreme_draws(probability: float, wanted: int) -> None:
+    p = parameters_of(0, rand_augment=RandAugmentRecipe(operations=1, probability=probability))
+    plan, state = np.zeros((PLAN_LENGTH, 2), np.int64), stream(p.seed, key_of_draw(POLICY_WORD + 1, wanted), 0)
+    assert plan_operations(p, np.uint64(state), plan) == probability
 
 
 def levels_of(magnitude: float, std: float, count: int) -> NDArray[np.float64]:

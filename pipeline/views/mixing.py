@@ -23,14 +23,14 @@ def erasures(p, state):
 @parameter
 def erase_box(p, state, number, size):
     """(top, left, height, width) of box `number` of a view of size x size pixels: area and log aspect uniform, ten
-    tries, then none (timm.data.random_erasing)."""
+    tries, then none (timm.data.random_erasing). Whether a box fits does not depend on the size."""
     for attempt in range(ERASE_TRIES):
         word = ERASE_BOX_WORD + 64 * number + 4 * attempt
         area = p.erase_low + draw_below(state, word, p.erase_high - p.erase_low + 1)
-        side = np.sqrt(np.float64(area) * np.float64(size * size) / np.float64(ONE * p.erase_count))
+        side = np.sqrt(np.float64(area) / np.float64(ONE * p.erase_count))
         aspect = np.float64(p.erase_aspect[draw_below(state, word + 1, ASPECTS)]) / ONE
-        height, width = np.int64(np.floor(side * aspect + 0.5)), np.int64(np.floor(side / aspect + 0.5))
-        if height < size and width < size:
+        if side * aspect < 1 and side / aspect < 1:
+            height, width = np.int64(side * aspect * size + 0.5), np.int64(side / aspect * size + 0.5)
             top, left = draw_below(state, word + 2, size - height + 1), draw_below(state, word + 3, size - width + 1)
             return top, left, height, width
     return np.int64(0), np.int64(0), np.int64(0), np.int64(0)
@@ -60,12 +60,13 @@ def mix_share(p, state, kind):
 
 @parameter
 def cut_box(state, share, size):
-    """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899): its centre is uniform, what
-    lies outside the view is cut off."""
-    side = np.int64(np.floor(np.sqrt(np.float64(ONE - share) / ONE) * size))
+    """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899, timm's rand_bbox): its centre is
+    uniform, what lies outside the view is cut off."""
+    side = np.int64(np.sqrt(np.float64(ONE - share) / ONE) * size)
     down, across = draw_below(state, MIX_WORD + 4, size), draw_below(state, MIX_WORD + 5, size)
     top, left = max(np.int64(0), down - side // 2), max(np.int64(0), across - side // 2)
-    return top, left, min(size, down + side // 2) - top, min(size, across + side // 2) - left
+    bottom, right = min(size, down + (side + 1) // 2), min(size, across + (side + 1) // 2)
+    return top, left, bottom - top, right - left
 
 
 @parameter
