@@ -110,13 +110,11 @@ def test_compiled_parameters_equal_uncompiled_ones() -> None:
     ("height", "width", "tries"),
     [(500, 500, [0, 1, 2, 3]), (20, 2000, [word for attempt in range(10) for word in (4 * attempt, 4 * attempt + 1)])],
 )
-def test_every_decision_reads_its_own_word(
-    height: int, width: int, tries: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_decision_reads_its_own_word(height: int, width: int, tries: list[int]) -> None:
     """A crop that fits at once, and one that never does: ten tries of two words each. The flip's word is fixed."""
     words: list[int] = []
-    with uncompiled():
-        monkeypatch.setattr(geometry, "draw_below", lambda state, number, bound: words.append(number) or bound // 2)
+    with uncompiled() as patch:
+        patch.setattr(geometry, "draw_below", lambda state, number, bound: words.append(number) or bound // 2)
         geometry.view_geometry(PARAMETERS, np.uint64(0), 0, np.int64(height), np.int64(width))
     assert words == [*tries, 64]
 

@@ -10,11 +10,12 @@ from pipeline.views import draws, geometry, mixing, policies
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Within it, every compiled function of the parameter modules is its source. Call them through their modules."""
+def uncompiled() -> Iterator[pytest.MonkeyPatch]:
+    """Within it, every compiled function of the parameter modules is its source: call them through their modules, and
+    patch them further with what it gives."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
         for module in (draws, geometry, policies, mixing):
             for name, value in list(vars(module).items()):
                 if hasattr(value, "py_func"):
                     patch.setattr(module, name, value.py_func)
-        yield
+        yield patch
