@@ -206,6 +206,12 @@ def test_every_size_erases_the_same_part(ranges: dict) -> None:
         assert np.abs(fractions[160] - fractions[size]).max() < 2.51 / 160
 
 
+def test_boxes_may_be_nearly_as_high_or_wide_as_the_view() -> None:
+    boxes = boxes_of(erasing(4, 1.0, **WIDE), 1000, 20_000)[:, 0, 2:]
+    assert (boxes > 990).mean(axis=0) == pytest.approx((boxes > 980).mean(axis=0) / 2, rel=0.3)
+    assert boxes.max(axis=0).tolist() == [1000, 1000]
+
+
 def test_the_boxes_of_a_view_are_independent() -> None:
     boxes = boxes_of(erasing(5, count=3), 1000, 6000)
     for (first, second), column in itertools.product([(0, 1), (0, 2), (1, 2)], range(4)):
@@ -238,9 +244,10 @@ def test_noise_is_normal_around_the_mean_colour(erasing_recipe: RandomErasingRec
 # Mixing
 
 
-@pytest.mark.parametrize(
-    ("mixup", "cutmix"), [(0.3, None), (None, 0.8), (1.0, None), (0.0, None), (0.7, 0.4), (1.0, 1.0), (0.0, 1.0)]
-)
+RATES = [(0.3, None), (None, 0.8), (1.0, None), (0.0, None), (0.7, 0.4), (1.0, 1.0), (0.0, 1.0), (0.8, 0.0)]
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), RATES)
 def test_each_kind_has_its_rate(mixup: float | None, cutmix: float | None) -> None:
     """Of two that are on, a coin decides which one may act."""
     parts = {"mixup": mixup, "cutmix": cutmix}

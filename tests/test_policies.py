@@ -460,6 +460,19 @@ def test_factors_are_uniform_around_one(strength: float) -> None:
         assert stats.kstest(factors, stats.uniform(1 - strength, 2 * strength).cdf).pvalue > 1e-4
 
 
+def test_factors_and_orders_are_independent() -> None:
+    strong = ColorJitterRecipe(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5)
+    rows = []
+    for plan in plans_of(parameters_of(13, color_jitter=strong), 8000):
+        drawn = {op: signed(arg) if op == HUE else arg for op, arg in plan}
+        places = {op: place for place, (op, _) in enumerate(plan)}
+        rows.append([drawn[op] for op in sorted(drawn)] + [places[op] for op in (BRIGHTNESS, HUE)])
+    correlations = np.corrcoef(np.array(rows, float).T)
+    assert correlations[4, 5] == pytest.approx(-1 / 3, abs=4 / math.sqrt(8000)), "places exclude each other"
+    correlations[4, 5] = correlations[5, 4] = 0
+    assert np.abs(correlations - np.eye(6)).max() < 4.5 / math.sqrt(8000)
+
+
 def test_hue_shifts_are_truncated_to_bytes() -> None:
     """Every shift up to half of the circle; none at all is twice as likely, as the byte is rounded towards 0."""
     recipe = ColorJitterRecipe(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5)
