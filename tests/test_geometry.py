@@ -187,6 +187,16 @@ def test_without_a_crop_the_view_is_the_centre_square(centre: float) -> None:
     assert box_of(5, 0, 300, 500, parameters) == (0, 100, 300, 300, False)
 
 
+@pytest.mark.parametrize("centre", [0.001, 0.5, 0.875, 1.0])
+def test_the_centre_square_is_rounded_and_in_the_middle(centre: float) -> None:
+    parameters = view_parameters(RECIPE, centre)
+    for shorter in range(1, 60):
+        side = max(1, math.floor(shorter * parameters.centre / ONE + 0.5))
+        middle, beside = (shorter - side) // 2, (100 - side) // 2
+        assert box_of(0, CENTRE, shorter, 100, parameters) == (middle, beside, side, side, False)
+        assert box_of(0, CENTRE, 100, shorter, parameters) == (beside, middle, side, side, False)
+
+
 def test_the_centre_view_draws_nothing() -> None:
     parameters = view_parameters(RECIPE, 0.5)
     assert {box_of(key, CENTRE, 300, 500, parameters) for key in range(20)} == {(75, 175, 150, 150, False)}
