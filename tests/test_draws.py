@@ -1,5 +1,6 @@
 """The generator against known answers and statistics, the tables against mpmath and SciPy."""
 
+import decimal
 import hashlib
 import itertools
 import math
@@ -206,6 +207,12 @@ def test_aspects_are_the_middles_of_equal_steps_in_log_space(bounds: tuple[float
         for k in range(0, ASPECTS, 17):
             log = low + (high - low) * (2 * k + 1) / (2 * ASPECTS)
             assert int(mp.nint(mp.exp(log / 2) * ONE)) == found[k]
+
+
+def test_aspects_do_not_depend_on_the_process_s_decimal_context() -> None:
+    with decimal.localcontext(decimal.Context(prec=4, rounding=decimal.ROUND_UP)):
+        found = sqrt_aspects(0.75, 1.3333)
+    np.testing.assert_array_equal(found, sqrt_aspects(0.75, 1.3333))
 
 
 def test_compiled_generators_equal_uncompiled_ones() -> None:

@@ -80,10 +80,14 @@ def sqrt_aspects(low: float, high: float) -> NDArray[np.int64]:
     ln correctly, which the C library does not promise."""
     exact = Context(prec=40)
     start, end = exact.ln(Decimal(low)), exact.ln(Decimal(high))
-    step = exact.divide(exact.subtract(end, start), Decimal(2 * ASPECTS))
-    logs = (exact.fma(step, Decimal(2 * k + 1), start) for k in range(ASPECTS))
-    roots = (exact.exp(exact.divide(log, Decimal(2))) for log in logs)
-    return np.array([int((root * ONE).to_integral_value()) for root in roots], np.int64)
+    half_step = exact.divide(exact.subtract(end, start), Decimal(4 * ASPECTS))  # of the logarithms of the roots
+    root = exact.exp(exact.add(exact.divide(start, Decimal(2)), half_step))
+    ratio = exact.exp(exact.add(half_step, half_step))
+    roots = []
+    for _ in range(ASPECTS):
+        roots.append(int(exact.to_integral_value(exact.multiply(root, ONE))))
+        root = exact.multiply(root, ratio)
+    return np.array(roots, np.int64)
 
 
 def normal_quantiles() -> NDArray[np.int64]:
