@@ -47,7 +47,7 @@ class AutoAugmentRecipe(Model):
 
 
 class TrivialAugmentRecipe(Model):
-    """torchvision's TrivialAugmentWide with `bins` magnitudes."""
+    """torchvision's TrivialAugmentWide with `bins` magnitudes; translations are not rounded to pixels."""
 
     bins: int = Field(default=31, ge=2, le=1024)
 
@@ -68,8 +68,8 @@ class ColorJitterRecipe(Model):
 
 
 class RandomErasingRecipe(Model):
-    """timm's RandomErasing. `area` is a fraction of the view, shared by `count` boxes; `const` fills with the mean
-    colour, `pixel` with noise around it."""
+    """timm's RandomErasing. `area` is a fraction of the view, shared by `count` boxes (always as many, where timm's
+    --recount draws from 1 up). `const` fills with the mean colour, `pixel` with noise around it."""
 
     probability: Fraction = 0.25
     area: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = (0.02, 0.3333)
