@@ -146,9 +146,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _images(recipe: PackRecipe, source: Source, log: _Log) -> Iterator[PackedImage]:
-    def read(sample: Sample) -> tuple[Sample, Encoded | BadImage]:
+    def read(sample: Sample) -> tuple[Sample, tuple[Encoded, int] | BadImage]:
         try:
-            return sample, encode(sample.read(), recipe.max_side)
+            encoded = encode(sample.read(), recipe.max_side)
+            return sample, (encoded, zlib.crc32(encoded.jpeg))
         except BadImage as error:
             return sample, error
 
@@ -161,12 +162,13 @@ def _images(recipe: PackRecipe, source: Source, log: _Log) -> Iterator[PackedIma
                 )
             log.skipped.append(sample.key)
             continue
+        encoded, crc32 = result
         log.keys.append(sample.key)
-        log.crc32.append(zlib.crc32(result.jpeg))
-        log.sizes.append(len(result.jpeg))
-        if result.reason is not None:
-            log.converted[result.reason] += 1
-        yield PackedImage(result.jpeg, result.width, result.height, sample.label)
+        log.crc32.append(crc32)
+        log.sizes.append(len(encoded.jpeg))
+        if encoded.reason is not None:
+            log.converted[encoded.reason] += 1
+        yield PackedImage(encoded.jpeg, encoded.width, encoded.height, sample.label)
 
 
 def _check_room(output: Path, needed: int) -> None:
