@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pipeline.beton import Beton
 from pipeline.views import mixing, policies
-from pipeline.views.draws import ONE, sources_digest, stream
+from pipeline.views.compiled import kept, sources_digest
+from pipeline.views.draws import ONE, stream
 from pipeline.views.geometry import view_geometry
 from pipeline.views.parameters import ViewParameters
 from pipeline.views.render import denominator, find_partners
@@ -61,8 +61,8 @@ def explain(beton: Beton, p: ViewParameters, row: int, view: int, size: int) -> 
     )
 
 
-def _compiled(sources: str):
-    @njit(cache=True, nogil=True, error_model="numpy")
+def _keyed(sources: str):
+    @kept
     def decide(p, key, view, height, width, size, plan, erased):
         """The decisions about a view; `plan` and `erased` receive its operations and the boxes to erase."""
         _ = sources  # part of the key under which numba keeps a function
@@ -78,7 +78,7 @@ def _compiled(sources: str):
     return decide
 
 
-_decide = _compiled(sources_digest())
+_decide = _keyed(sources_digest())
 
 
 def in_words(explanation: Explanation, beton: Beton, row: int, share: float) -> list[str]:

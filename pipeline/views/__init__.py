@@ -1,5 +1,6 @@
 """Views: pixels as a pure function of (view recipe, seed, key digest, view number, output size).
 
+    compiled    how all of it is compiled
     draws       the counter-based generator and its tables
     geometry    crop and flip
     policies    which operations, and how strong

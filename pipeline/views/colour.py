@@ -9,23 +9,22 @@ flat indices, no branches, and 32-bit arithmetic in functions of its own, which 
 import numpy as np
 from numba import njit
 
+from pipeline.views.compiled import compiled
 from pipeline.views.draws import draw
 
 FACTOR_BITS = 14
 WEIGHT_BITS = 16
 NOISE_BITS = 10  # a noise table has 1 << NOISE_BITS entries a channel
 
-kernel = njit(nogil=True, error_model="numpy")
 
-
-@kernel
+@compiled
 def invert(image):
     flat = image.reshape(-1)
     for i in range(flat.size):
         flat[i] = 255 - flat[i]
 
 
-@kernel
+@compiled
 def posterize(image, bits):
     """Keep the `bits` highest bits: none gives black, 8 or more everything."""
     mask = np.uint8(256 - (1 << max(0, 8 - bits)))
@@ -34,7 +33,7 @@ def posterize(image, bits):
         flat[i] &= mask
 
 
-@kernel
+@compiled
 def solarize(image, threshold):
     """Invert what is not below the threshold (0 to 256)."""
     threshold = np.int32(threshold)
@@ -44,7 +43,7 @@ def solarize(image, threshold):
         flat[i] = value if value < threshold else 255 - value
 
 
-@kernel
+@compiled
 def solarize_add(image, add):
     """Add to what is below 128; `add` from 0 to 255."""
     add = np.int32(add)
@@ -54,7 +53,7 @@ def solarize_add(image, add):
         flat[i] = min(np.int32(255), np.int32(value + add)) if value < 128 else value
 
 
-@kernel
+@compiled
 def auto_contrast(image):
     """Stretch each channel from its extremes to 0 and 255."""
     lows, highs = _extremes(image)
@@ -69,7 +68,7 @@ def auto_contrast(image):
     _look_up(image, table)
 
 
-@kernel
+@compiled
 def equalize(image):
     """Flatten each channel's histogram."""
     counts = _histogram(image)
@@ -86,7 +85,7 @@ def equalize(image):
     _look_up(image, table)
 
 
-@kernel
+@compiled
 def brightness(image, factor):
     """Blend with black."""
     factor = np.int32(factor)
@@ -95,7 +94,7 @@ def brightness(image, factor):
         flat[i] = interpolate(np.int32(0), np.int32(flat[i]), factor)
 
 
-@kernel
+@compiled
 def contrast(image, factor):
     """Blend with the mean grey."""
     count = image.shape[0] * image.shape[1]
@@ -108,7 +107,7 @@ def contrast(image, factor):
         flat[i] = interpolate(mean, np.int32(flat[i]), factor)
 
 
-@kernel
+@compiled
 def saturation(image, factor):
     """Blend with the grey image."""
     factor = np.int32(factor)
@@ -119,7 +118,7 @@ def saturation(image, factor):
             flat[3 * i + channel] = interpolate(shade, np.int32(flat[3 * i + channel]), factor)
 
 
-@kernel
+@compiled
 def grey(image):
     flat = image.reshape(-1)
     for i in range(flat.size // 3):
@@ -128,7 +127,7 @@ def grey(image):
             flat[3 * i + channel] = shade
 
 
-@kernel
+@compiled
 def hue(image, shift):
     """Turn the hue by shift / 256 of the circle, shift in 0 .. 255: torchvision's adjust_hue on a Pillow image.
 
@@ -143,7 +142,7 @@ def hue(image, shift):
         flat[3 * i], flat[3 * i + 1], flat[3 * i + 2] = red, green, blue
 
 
-@kernel
+@compiled
 def fill(image, top, left, height, width, colour):
     """Give a box one colour."""
     flat, stride, length = image.reshape(-1), 3 * image.shape[1], 3 * width
@@ -157,7 +156,7 @@ def fill(image, top, left, height, width, colour):
             row[3 * x], row[3 * x + 1], row[3 * x + 2] = colour[0], colour[1], colour[2]
 
 
-@kernel
+@compiled
 def noise(image, top, left, height, width, state, table):
     """Fill a box with noise: bits 0-9, 10-19 and 20-29 of word y * width + x of the stream `state` choose the red,
     green and blue of the box's pixel (x, y) from `table`, uint8 [3, 1024], quantiles of the distribution wanted."""
@@ -170,7 +169,7 @@ def noise(image, top, left, height, width, state, table):
                 row[left + x, channel] = table[channel, (word >> np.uint64(channel * NOISE_BITS)) & mask]
 
 
-@kernel
+@compiled
 def blend(image, other, weight):
     """Mixup: `weight` / 2**WEIGHT_BITS of the image and the rest of the other, rounded."""
     ours, theirs = np.int32(weight), np.int32((1 << WEIGHT_BITS) - weight)
@@ -179,7 +178,7 @@ def blend(image, other, weight):
         flat[i] = _weighted(ours, np.int32(flat[i]), theirs, np.int32(others[i]))
 
 
-@kernel
+@compiled
 def paste(image, other, top, left, height, width):
     """CutMix: a box of the other image, at the same place."""
     flat, others = image.reshape(-1), other.reshape(-1)
@@ -188,33 +187,33 @@ def paste(image, other, top, left, height, width):
         _copy(others[start:stop], flat[start:stop])
 
 
-@kernel
+@compiled
 def _copy(source, target):
     for i in range(target.size):
         target[i] = source[i]
 
 
-@kernel
+@compiled
 def _weighted(ours, value, theirs, other):
     total = np.int32(np.int32(ours * value) + np.int32(theirs * other) + np.int32(1 << (WEIGHT_BITS - 1)))
     return np.uint8(total >> WEIGHT_BITS)
 
 
-@kernel
+@compiled
 def interpolate(start, end, factor):
     """Pillow's blend, which truncates: start + factor * (end - start), clipped."""
     value = np.int32(np.int32(start << FACTOR_BITS) + np.int32(factor * np.int32(end - start))) >> FACTOR_BITS
     return np.uint8(min(max(np.int32(value), np.int32(0)), np.int32(255)))
 
 
-@kernel
+@compiled
 def luma(red, green, blue):
     """Pillow's convert("L")."""
     red, green, blue = np.int32(red), np.int32(green), np.int32(blue)
     return np.int32(np.int32(19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16)
 
 
-@kernel
+@compiled
 def _extremes(image):
     """The least and the greatest value of each channel, through 64 lanes a channel."""
     lanes = 3 * 64
@@ -232,7 +231,7 @@ def _extremes(image):
     return lows, highs
 
 
-@kernel
+@compiled
 def _histogram(image):
     """Counts, int32 [3, 256]. Even and odd pixels are counted apart: adding twice in a row to one count stalls."""
     counts = np.zeros((6, 256), np.int32)
@@ -246,7 +245,7 @@ def _histogram(image):
     return counts[:3] + counts[3:]
 
 
-@kernel
+@compiled
 def _look_up(image, table):
     flat = image.reshape(-1)
     for i in range(flat.size // 3):
@@ -254,7 +253,7 @@ def _look_up(image, table):
             flat[3 * i + channel] = table[channel, flat[3 * i + channel]]
 
 
-@kernel
+@compiled
 def _to_hsv(red, green, blue):
     """Pillow's rgb2hsv_row. Branchless: black and greys come out with hue 0 and saturation 0 too."""
     high, low = max(red, max(green, blue)), min(red, min(green, blue))
@@ -291,7 +290,7 @@ def _to_rgb(turned, saturated, high):
     return red, green, blue
 
 
-@kernel
+@compiled
 def _rounded(value):
     """C's round: to the nearest, halves up."""
     whole = np.int32(value)

@@ -5,14 +5,13 @@ worker, batch, rank, epoch or on what was drawn before. Tables hold rounded quan
 an integer.
 """
 
-import hashlib
 import statistics
 from decimal import Context, Decimal
-from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from pipeline.views.compiled import compiled, kept
 
 ONE = 1 << 20  # fixed-point fractions have 20 bits
 ASPECTS = 4096  # aspect ratios are drawn from this many, evenly spaced in log space
@@ -21,10 +20,8 @@ QUANTILES = 1024  # of the normal and the beta distribution
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEY_SALT = np.uint64(0xD1342543DE82EF95)
 
-parameter = njit(nogil=True, error_model="numpy")  # no fastmath: the same numbers on every machine
 
-
-@parameter
+@compiled
 def mix(word):
     """splitmix64's finaliser, uint64 -> uint64."""
     word = np.uint64(word)
@@ -33,7 +30,7 @@ def mix(word):
     return word ^ (word >> np.uint64(31))
 
 
-@parameter
+@compiled
 def stream(seed, key, view):
     """The state of the stream that belongs to (seed, key, view)."""
     state = mix(np.uint64(seed) + _GOLDEN)
@@ -41,34 +38,25 @@ def stream(seed, key, view):
     return mix(state ^ (np.uint64(view) * _KEY_SALT + _GOLDEN))
 
 
-@parameter
+@compiled
 def draw(state, number):
     """Word `number` of a stream: output `number` of splitmix64 seeded with `state`."""
     return mix(np.uint64(state) + (np.uint64(number) + np.uint64(1)) * _GOLDEN)
 
 
-@parameter
+@compiled
 def draw_below(state, number, bound):
     """An integer in [0, bound), bound <= 2**32, from the upper half of a word; the bias is below bound / 2**32."""
     return np.int64(((draw(state, number) >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def stream_states(seed, keys, number):
     """stream(seed, key, number) for each key: uint64 [N] -> uint64 [N]."""
     states = np.empty(len(keys), np.uint64)
     for i in range(len(keys)):
         states[i] = stream(seed, keys[i], number)
     return states
-
-
-def sources_digest() -> str:
-    """Of all modules of this package: numba looks only at the file of a function that it keeps on disk, so those that
-    call functions of other files have this in their closure, which is part of the key."""
-    state = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        state.update(path.read_bytes())
-    return state.hexdigest()
 
 
 def fixed(fraction: float) -> np.int64:

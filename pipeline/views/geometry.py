@@ -5,21 +5,22 @@ Word numbers: 4t .. 4t+3 for try t of the crop (area, aspect, top, left), 64 for
 
 import numpy as np
 
-from pipeline.views.draws import ASPECTS, ONE, draw_below, parameter, stream
+from pipeline.views.compiled import compiled
+from pipeline.views.draws import ASPECTS, ONE, draw_below, stream
 
 CENTRE = -1  # the view number of the centre crop that validation uses: no draws
 CROP_TRIES = 10
 FLIP_WORD = 64
 
 
-@parameter
+@compiled
 def centre_box(height, width, fraction):
     """(top, left, height, width) of the centre square whose side is `fraction` / ONE of the shorter side."""
     side = max(np.int64(1), (min(height, width) * fraction + ONE // 2) // ONE)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-@parameter
+@compiled
 def crop_box(state, height, width, p):
     """(top, left, height, width) of a random resized crop: area and log aspect uniform, ten tries, then the centre
     crop nearest to the allowed aspects (torchvision.transforms.RandomResizedCrop)."""
@@ -39,7 +40,7 @@ def crop_box(state, height, width, p):
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-@parameter
+@compiled
 def view_geometry(p, key, view, height, width):
     """(top, left, height, width, flip) of a view of an image of `height` x `width` pixels."""
     if view == CENTRE:

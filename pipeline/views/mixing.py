@@ -6,7 +6,8 @@ mixing (which kind, whether, share, partner, centre of the box).
 
 import numpy as np
 
-from pipeline.views.draws import ASPECTS, ONE, QUANTILES, draw, draw_below, parameter, stream
+from pipeline.views.compiled import compiled
+from pipeline.views.draws import ASPECTS, ONE, QUANTILES, draw, draw_below, stream
 from pipeline.views.geometry import CENTRE
 
 ERASE_WORD, ERASE_BOX_WORD, ERASE_TRIES = 320, 384, 10
@@ -14,13 +15,13 @@ MIX_WORD = 2048
 UNMIXED, MIXUP, CUTMIX = range(3)
 
 
-@parameter
+@compiled
 def erasures(p, state):
     """How many boxes of a view are to be erased."""
     return p.erase_count if draw_below(state, ERASE_WORD, ONE) < p.erase else np.int64(0)
 
 
-@parameter
+@compiled
 def erase_box(p, state, number, size):
     """(top, left, height, width) of box `number` of a view of size x size pixels: area and log aspect uniform, ten
     tries, then none (timm.data.random_erasing). Whether a box fits does not depend on the size."""
@@ -36,13 +37,13 @@ def erase_box(p, state, number, size):
     return np.int64(0), np.int64(0), np.int64(0), np.int64(0)
 
 
-@parameter
+@compiled
 def erase_noise_state(state, number):
     """The stream of the noise in box `number`."""
     return draw(state, ERASE_BOX_WORD + 64 * number + 63)
 
 
-@parameter
+@compiled
 def mix_kind(p, state):
     """Mixup, CutMix or neither; where a recipe has both, a coin decides which one may act."""
     coin = draw_below(state, MIX_WORD, 2)
@@ -51,14 +52,14 @@ def mix_kind(p, state):
     return kind if draw_below(state, MIX_WORD + 1, ONE) < wanted else UNMIXED
 
 
-@parameter
+@compiled
 def mix_share(p, state, kind):
     """The share of the image itself, drawn from Beta(alpha, alpha), in units of 1 / ONE."""
     shares = p.cutmix_share if kind == CUTMIX else p.mixup_share
     return shares[draw_below(state, MIX_WORD + 2, QUANTILES)]
 
 
-@parameter
+@compiled
 def cut_box(state, share, size):
     """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899, timm's rand_bbox): its centre is
     uniform, what lies outside the view is cut off."""
@@ -69,7 +70,7 @@ def cut_box(state, share, size):
     return top, left, bottom - top, right - left
 
 
-@parameter
+@compiled
 def partner(p, key, view, count):
     """The place, among `count` images in the order of their key digests, of the one that a view is mixed with; -1
     when the view is not mixed."""

@@ -10,7 +10,8 @@ Word numbers: 128 + 8k .. for operation k of a policy (choice, whether, strength
 import numpy as np
 
 from pipeline.views.colour import FACTOR_BITS
-from pipeline.views.draws import ONE, QUANTILES, draw_below, parameter
+from pipeline.views.compiled import compiled
+from pipeline.views.draws import ONE, QUANTILES, draw_below
 from pipeline.views.spatial import DEGREE, RADIUS_BITS
 
 # RandAugment draws from the first fifteen, in timm's order.
@@ -22,7 +23,7 @@ OPERATION_NAMES = (
     "brightness", "sharpness", "shear x", "shear y", "translate x", "translate y", "grey", "blur", "hue", "identity",
 )  # fmt: skip
 
-NO_POLICY, RAND, AUTO, TRIVIAL, THREE = range(5)
+RAND, AUTO, TRIVIAL, THREE = range(1, 5)  # in the order of the recipe's POLICIES; 0 is none
 PLAN_LENGTH = 16
 POLICY_WORD, JITTER_WORD = 128, 256
 LEVELS = 10  # timm's strengths go from 0 to 10
@@ -70,7 +71,7 @@ TRIVIAL_OPERATIONS = np.array(
 )  # fmt: skip
 
 
-@parameter
+@compiled
 def plan_operations(p, state, plan):
     """Fill a plan with the operations of a view, whose stream is `state`; returns how many they are."""
     count = 0
@@ -85,13 +86,13 @@ def plan_operations(p, state, plan):
     return _color_jitter(p, state, plan, count)
 
 
-@parameter
+@compiled
 def _add(plan, count, operation, argument):
     plan[count, 0], plan[count, 1] = operation, argument
     return count + 1
 
 
-@parameter
+@compiled
 def _rand_augment(p, state, plan):
     count = 0
     for k in range(p.operations):
@@ -105,7 +106,7 @@ def _rand_augment(p, state, plan):
     return count
 
 
-@parameter
+@compiled
 def _auto_augment(state, plan):
     count = 0
     pair = AUTO_ORIGINAL[draw_below(state, POLICY_WORD, len(AUTO_ORIGINAL))]
@@ -118,12 +119,12 @@ def _auto_augment(state, plan):
     return count
 
 
-@parameter
+@compiled
 def _nearest(numerator, denominator):
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-@parameter
+@compiled
 def level_argument(operation, level, sign, scale):
     """timm's LEVEL_TO_ARG: the argument of an operation at a level from 0 to 10, in units of 1 / ONE. Whole-numbered
     arguments round down, as timm's do, the others to the nearest unit."""
@@ -149,7 +150,7 @@ def level_argument(operation, level, sign, scale):
     return np.int64(0)
 
 
-@parameter
+@compiled
 def _trivial_augment(p, state, plan):
     """torchvision's TrivialAugmentWide (arXiv 2103.10158): one operation, any of `bins` strengths. Translations are not
     cut to whole pixels, since a view has no size."""
@@ -174,7 +175,7 @@ def _trivial_augment(p, state, plan):
     return np.int64(0) if operation == IDENTITY else _add(plan, 0, operation, argument)
 
 
-@parameter
+@compiled
 def _three_augment(state, plan):
     """DeiT III (arXiv 2204.07118); blur with a radius between 0.1 and 2 pixels."""
     choice = draw_below(state, POLICY_WORD, 3)
@@ -186,7 +187,7 @@ def _three_augment(state, plan):
     return _add(plan, 0, BLUR, unit // 10 + draw_below(state, POLICY_WORD + 2, 2 * unit - unit // 10 + 1))
 
 
-@parameter
+@compiled
 def _color_jitter(p, state, plan, count):
     """torchvision's ColorJitter: factors uniform around 1, in a random order."""
     order = np.array([BRIGHTNESS, CONTRAST, SATURATION, HUE])

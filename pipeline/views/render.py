@@ -4,11 +4,12 @@ Registered with FFCV by the loader. `pipeline.jpeg` gives it the C functions tha
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 import pipeline.jpeg  # noqa: F401  # registers the C functions before anything is compiled
 from pipeline.views import colour, mixing, policies, spatial
-from pipeline.views.draws import ONE, sources_digest, stream
+from pipeline.views.compiled import compiled, kept, sources_digest
+from pipeline.views.draws import ONE, stream
 from pipeline.views.geometry import CENTRE, view_geometry
 from pipeline.views.parameters import MEAN_COLOUR
 from pipeline.views.resize import resize
@@ -24,10 +25,8 @@ _decode = types.ExternalFunction(
 )  # fmt: skip
 _crc32 = types.ExternalFunction("softshard_crc32", types.uint32(types.intp, types.int64))
 
-step = njit(nogil=True, error_model="numpy")
 
-
-@step
+@compiled
 def operate(operation, argument, image, spare):
     """Apply one operation of a plan to an image in place; `spare` is two images of scratch."""
     if operation == policies.AUTO_CONTRAST:
@@ -56,7 +55,7 @@ def operate(operation, argument, image, spare):
         _move(operation, argument, image, spare)
 
 
-@step
+@compiled
 def _move(operation, argument, image, spare):
     size = image.shape[0]
     if operation == policies.SHARPNESS:
@@ -80,7 +79,7 @@ def _move(operation, argument, image, spare):
     image[:] = spare[0]
 
 
-@step
+@compiled
 def _augment(p, state, image, spare):
     plan = np.empty((policies.PLAN_LENGTH, 2), np.int64)
     for k in range(policies.plan_operations(p, state, plan)):
@@ -93,7 +92,7 @@ def _augment(p, state, image, spare):
             colour.fill(image, top, left, height, width, MEAN_COLOUR)
 
 
-@step
+@compiled
 def _mix(p, state, image, other):
     """Mix another image's view in; returns the share of the image itself."""
     kind = mixing.mix_kind(p, state)
@@ -107,7 +106,7 @@ def _mix(p, state, image, other):
     return ONE - height * width * ONE // (size * size)
 
 
-@step
+@compiled
 def denominator(p, height, width, size):
     """How much smaller a crop of height x width is decoded for an output of size x size: 1, or, with DCT scaling, the
     largest of 2, 4 and 8 that leaves at least as many pixels as the output has."""
@@ -117,7 +116,7 @@ def denominator(p, height, width, size):
     return scale
 
 
-@step
+@compiled
 def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spare, out):
     """Views of one image, without mixing: uint8 [G, S, S, 3]. False when its bytes are not what was packed, or do not
     decode. Each scale of decoding that is wanted is decoded once, around all the crops that want it."""
@@ -154,9 +153,7 @@ def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spa
     return True
 
 
-def _compiled(sources: str):
-    kept = njit(cache=True, nogil=True, error_model="numpy")
-
+def _keyed(sources: str):
     @kept
     def render(part, parts, rows, views, partners, columns, memory, slots, page_bits, p, pixels, shares, failed):
         """Render views[i, g] of row rows[i] into pixels[i, g], uint8 [S, S, 3], for i = part, part + parts, ...
@@ -215,4 +212,4 @@ def _compiled(sources: str):
     return render, find_partners
 
 
-render, find_partners = _compiled(sources_digest())
+render, find_partners = _keyed(sources_digest())

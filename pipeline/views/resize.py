@@ -7,14 +7,13 @@ version; this one is fixed.
 """
 
 import numpy as np
-from numba import njit
+
+from pipeline.views.compiled import compiled
 
 WEIGHT_BITS = 22
 
-kernel = njit(nogil=True, error_model="numpy")
 
-
-@kernel
+@compiled
 def resize(image, top, left, height, width, flip, scratch, out):
     """A box of `image`, uint8 [H, W, 3], as `out`, uint8 [S, S, 3], mirrored if `flip`. `scratch` is uint8, with room
     for S * width * 3."""
@@ -24,7 +23,7 @@ def resize(image, top, left, height, width, flip, scratch, out):
     _resize_columns(turned, 0, 0, width, flip, out.reshape(size, size * 3))
 
 
-@kernel
+@compiled
 def _resize_columns(rows, top, start, height, flip, out):
     """Resize `height` rows from `top`, from their value `start` on, along the columns, and turn the result: row y
     becomes column y of `out`, or column S - 1 - y if `flip`. So both passes run along the columns, which vectorises."""
@@ -47,13 +46,13 @@ def _resize_columns(rows, top, start, height, flip, out):
             column[at + 2] = row[3 * x + 2]
 
 
-@kernel
+@compiled
 def _add(row, weight, total):
     for i in range(total.size):
         total[i] += weight * np.int32(row[i])
 
 
-@kernel
+@compiled
 def _filter(length, size):
     """For each of `size` pixels: the first of the `length` pixels that it sees, how many they are, their weights."""
     scale = np.float64(length) / np.float64(size)

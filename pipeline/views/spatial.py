@@ -8,10 +8,10 @@ target pixel (x, y) shows the source at (a (x + .5) + b (y + .5) + c, d (x + .5)
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.views.colour import interpolate
+from pipeline.views.compiled import compiled
 
 COEFFICIENT_BITS = 20
 DEGREE = 64  # angles are multiples of 1 / DEGREE degrees
@@ -21,8 +21,6 @@ BLUR_PASSES = 3
 _UNIT = 1 << COEFFICIENT_BITS
 _POSITION_BITS = COEFFICIENT_BITS + 1  # halves of pixels
 _POSITION = 1 << _POSITION_BITS
-
-kernel = njit(nogil=True, error_model="numpy")
 
 
 def sine_table() -> NDArray[np.int64]:
@@ -34,7 +32,7 @@ def sine_table() -> NDArray[np.int64]:
 _SINES = sine_table()
 
 
-@kernel
+@compiled
 def sine(angle):
     """Of an angle in 1 / DEGREE degrees, in COEFFICIENT_BITS; exact at multiples of 90 degrees."""
     quarter = 90 * DEGREE
@@ -44,7 +42,7 @@ def sine(angle):
     return sign * _SINES[min(angle, 2 * quarter - angle)]
 
 
-@kernel
+@compiled
 def rotation(angle, height, width):
     """Coefficients of a counter-clockwise turn about the centre by `angle` / DEGREE degrees, as Image.rotate has."""
     sin, cos = sine(angle), sine(angle + 90 * DEGREE)
@@ -53,7 +51,7 @@ def rotation(angle, height, width):
     return cos, -sin, across, sin, cos, down
 
 
-@kernel
+@compiled
 def affine(source, target, a, b, c, d, e, f, fill):
     """Bilinear; `fill`, three integers, where the source position is outside the image.
 
@@ -83,7 +81,7 @@ def affine(source, target, a, b, c, d, e, f, fill):
         _mix(corners[0], corners[1], corners[2], corners[3], part_x, part_y, out[y * stride : (y + 1) * stride])
 
 
-@kernel
+@compiled
 def _locate(start, step, height, width, first, right, down, part_x, part_y):
     """For a row of target pixels: where the upper left of the four source pixels begins (-1 if the position is
     outside), how far it is to the right and the lower ones, and the position between them."""
@@ -99,13 +97,13 @@ def _locate(start, step, height, width, first, right, down, part_x, part_y):
         down[x] = 3 * width * (min(max(above + 1, 0), height - 1) - line)
 
 
-@kernel
+@compiled
 def _pixel(flat, i):
     green, blue = np.uint32(flat[i + np.uint64(1)]), np.uint32(flat[i + np.uint64(2)])
     return np.uint32(np.uint32(flat[i]) | green << np.uint32(8) | blue << np.uint32(16))
 
 
-@kernel
+@compiled
 def _mix(upper_left, upper_right, lower_left, lower_right, part_x, part_y, row):
     for x in range(part_x.size):
         for channel in range(3):
@@ -117,13 +115,13 @@ def _mix(upper_left, upper_right, lower_left, lower_right, part_x, part_y, row):
             row[3 * x + channel] = np.int32(value / _POSITION)
 
 
-@kernel
+@compiled
 def _between(left, right, part):
     left, right = np.int32(left & np.uint32(255)), np.int32(right & np.uint32(255))
     return np.int32(np.int32(left << _POSITION_BITS) + np.int32(np.int32(right - left) * part))
 
 
-@kernel
+@compiled
 def sharpness(source, target, factor):
     """Blend with the image smoothed by ((1 1 1) (1 5 1) (1 1 1)) / 13, whose border is the image's own.
 
@@ -155,7 +153,7 @@ def sharpness(source, target, factor):
             result[i + 3] = interpolate(smooth, centre, factor)
 
 
-@kernel
+@compiled
 def gaussian_blur(source, target, scratch, radius):
     """Pillow's GaussianBlur(radius / 2**RADIUS_BITS): three box blurs along the rows, three along the columns.
 
@@ -177,7 +175,7 @@ def gaussian_blur(source, target, scratch, radius):
     _blur_columns(spare, out, height, reach, whole, part, total)
 
 
-@kernel
+@compiled
 def _box(radius):
     """(reach, weight of the 2 * reach + 1 pixels within, weight of the two beyond), in 2**-24.
 
@@ -195,7 +193,7 @@ def _box(radius):
     return reach, np.uint32(whole), np.uint32(((1 << 24) - (2 * reach + 1) * whole) // 2)
 
 
-@kernel
+@compiled
 def _blur_row(row, padded, reach, whole, part, total, result):
     """One pass along a row, whose first and last pixels go on beyond it."""
     padding = 3 * (reach + 1)
@@ -209,7 +207,7 @@ def _blur_row(row, padded, reach, whole, part, total, result):
     _weigh(total, padded[: row.size], padded[2 * padding :], whole, part, result)
 
 
-@kernel
+@compiled
 def _blur_columns(flat, out, height, reach, whole, part, total):
     """One pass along all columns, whose first and last pixels go on beyond them."""
     stride = total.size
@@ -223,25 +221,25 @@ def _blur_columns(flat, out, height, reach, whole, part, total):
         _weigh(total, near, far, whole, part, out[y * stride : (y + 1) * stride])
 
 
-@kernel
+@compiled
 def _row(flat, y, height, stride):
     y = min(max(y, 0), height - 1)
     return flat[y * stride : (y + 1) * stride]
 
 
-@kernel
+@compiled
 def _add(total, values):
     for i in range(total.size):
         total[i] += np.uint32(values[i])
 
 
-@kernel
+@compiled
 def _subtract(total, values):
     for i in range(total.size):
         total[i] -= np.uint32(values[i])
 
 
-@kernel
+@compiled
 def _weigh(total, near, far, whole, part, result):
     half = np.uint32(1 << 23)
     for i in range(total.size):
