@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,11 @@ class Beton:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def key_order(self) -> NDArray[np.int64]:
+        """The rows in the order of their key digests."""
+        return np.argsort(self.keys)
 
 
 def manifest_path(beton: Path) -> Path:

@@ -47,7 +47,7 @@ def explain(beton: Beton, p: ViewParameters, row: int, view: int, size: int) -> 
     geometry, scale, operations, boxes, kind, cut = _decide(
         p, key, np.int64(view), height, width, np.int64(size), plan, erased
     )
-    partners = find_partners(p, beton.keys[row : row + 1], np.argsort(beton.keys), np.array([[view]], np.int64))
+    partners = find_partners(p, beton.keys[row : row + 1], beton.key_order, np.array([[view]], np.int64))
     return Explanation(
         crop=Box(*(int(number) for number in geometry[:4])),
         flip=bool(geometry[4]),

@@ -138,7 +138,7 @@ def _manifest(recipe: LabelRecipe, beton: Beton, teacher: Teacher) -> StoreManif
         class_list_digest=text_digest(beton.manifest.classes),
         views=recipe.views,
         teachers=(record,),
-        probes=make_probes(beton, recipe.views, teacher.size),
+        probes=(),  # rendered when the store is made
         libraries=library_versions(),
     )
 
@@ -147,8 +147,10 @@ def _shared_store(accelerator: Accelerator, recipe: LabelRecipe, manifest: Store
     """The store of the recipe, made by the first process when there is none. One made from other work is refused."""
     path = Path(recipe.store)
     with accelerator.main_process_first():
-        if not path.exists():
-            create_store(path, manifest, beton.keys, beton.crc32)
+        new = not path.exists()
+        if new:
+            probes = make_probes(beton, recipe.views, manifest.teachers[0].size)
+            create_store(path, manifest.model_copy(update={"probes": probes}), beton.keys, beton.crc32)
             save_recipe(recipe, path.with_suffix(".recipe.yaml"))
         store = open_store(path)
     ignored = {"libraries", "probes"}
@@ -159,5 +161,6 @@ def _shared_store(accelerator: Accelerator, recipe: LabelRecipe, manifest: Store
         raise DataError(
             f"{path}: expected labels of the images in {recipe.beton}, found those of others; name another store"
         )
-    check_probes(beton, store.manifest, str(path))
+    if not new:
+        check_probes(beton, store.manifest, str(path))
     return store

@@ -93,7 +93,6 @@ class ViewLoader:
         self._workers = workers
         self._os_cache, self._batches_ahead = os_cache, batches_ahead
         self._loaders: dict[int, Loader] = {}
-        self._order = np.argsort(beton.keys)
 
     def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Iterator[Batch]:
         """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller. With views of shape
@@ -106,7 +105,7 @@ class ViewLoader:
         numbers = numbers if several else np.broadcast_to(numbers, len(rows))[:, None].copy()
         assert len(numbers) == len(rows), f"views of {len(numbers)} rows for {len(rows)}"
         assert ((rows >= 0) & (rows < len(self._beton))).all(), "rows are not checked where they are used"
-        partners = find_partners(self._parameters, self._beton.keys[rows], self._order, numbers)
+        partners = self._partners(rows, numbers)
         epoch = _ViewEpoch(self._loader(numbers.shape[1]), rows, numbers, partners, self._workers)
         start = 0
         try:
@@ -130,16 +129,23 @@ class ViewLoader:
         finally:
             epoch.close()
 
+    def _partners(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row that each view is mixed with, -1 where none is: int64 [B, G]."""
+        if not self._mixes:
+            return np.full(views.shape, -1)
+        return find_partners(self._parameters, self._beton.keys[rows], self._beton.key_order, views)
+
     def _batch(self, output: "_Output", rows: NDArray, partners: NDArray, several: bool) -> Batch:
-        images = torch.from_numpy(output.pixels).movedim(-1, -3)
         labels = self._beton.labels
-        partner_labels = labels[np.where(partners < 0, rows[:, None], partners)]
-        tensors = [images, torch.from_numpy(partner_labels), torch.from_numpy((output.shares / ONE).astype(np.float32))]
+        tensors = [torch.from_numpy(output.pixels).movedim(-1, -3)]
+        if self._mixes:
+            partner_labels = labels[np.where(partners < 0, rows[:, None], partners)]
+            tensors += [torch.from_numpy(partner_labels), torch.from_numpy((output.shares / ONE).astype(np.float32))]
         if not several:
             tensors = [tensor.squeeze(1) for tensor in tensors]
         tensors.append(torch.from_numpy(labels[rows]))
-        images, partner_labels, shares, labels = (t.to(self._device, non_blocking=True) for t in tensors)
-        return Batch(images, rows, labels, Mixed(partner_labels, shares) if self._mixes else None)
+        images, *mixed, labels = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
+        return Batch(images, rows, labels, Mixed(*mixed) if mixed else None)
 
     def _loader(self, views: int) -> Loader:
         """FFCV's loader for this number of views of each image; its memory has a fixed shape."""
@@ -277,9 +283,11 @@ class _ViewEpoch(EpochIterator):
 def _patience():
     """Say why the first batch after an installation or an upgrade takes its time."""
     text = "softshard: compiling the decoder, once; this takes about half a minute"
+    if render.signatures:
+        yield
+        return
     notice = threading.Timer(NOTICE_SECONDS, print, (text,), {"file": sys.stderr})
-    if not render.signatures:
-        notice.start()
+    notice.start()
     try:
         yield
     finally:

@@ -15,8 +15,7 @@ from pipeline.jpeg import jpeg_version
 from pipeline.recipe import Model, PackRecipe, ViewRecipe
 
 LIBRARIES = ("ffcv", "numba", "numpy", "pillow", "timm", "torch", "zarr")
-THUMBNAIL_BYTES = 8 * 8 * 3
-
+THUMBNAIL = 8  # pixels a side
 
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -58,8 +57,9 @@ class TeacherRecord(Model):
 
 
 def _thumbnail_bytes(text: str) -> str:
-    if len(base64.b64decode(text, validate=True)) != THUMBNAIL_BYTES:
-        raise ValueError(f"expected {THUMBNAIL_BYTES} bytes in base64")
+    expected = THUMBNAIL * THUMBNAIL * 3
+    if len(base64.b64decode(text, validate=True)) != expected:
+        raise ValueError(f"expected {expected} bytes in base64")
     return text
 
 

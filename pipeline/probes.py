@@ -15,11 +15,10 @@ from PIL import Image
 from pipeline.beton import Beton
 from pipeline.errors import DataError
 from pipeline.loader import ViewLoader
-from pipeline.manifest import Probe, StoreManifest, library_versions
+from pipeline.manifest import THUMBNAIL, Probe, StoreManifest, library_versions
 from pipeline.recipe import ViewRecipe
 
 COUNT = 32
-THUMBNAIL = 8  # pixels a side
 LARGEST_DIFFERENCE = 1.0  # of 255, on average over the thumbnails
 
 
@@ -33,8 +32,8 @@ def make_probes(beton: Beton, views: ViewRecipe, size: int) -> tuple[Probe, ...]
             key=keys[row],
             view=int(view),
             size=size,
-            digest=hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest(),
-            thumbnail=base64.b64encode(_thumbnail(pixels).astype(np.uint8).tobytes()).decode(),
+            digest=_digest(pixels),
+            thumbnail=base64.b64encode(_thumbnail(pixels).tobytes()).decode(),
         )
         for row, view, pixels in zip(rows, numbers, _render(beton, views, rows, numbers, size), strict=True)
     )
@@ -46,7 +45,8 @@ def check_probes(beton: Beton, manifest: StoreManifest, where: str) -> None:
     Warns when pixels differ by less than LARGEST_DIFFERENCE on average, or when none of the probes' images is there;
     raises DataError when they differ by more. Both name the libraries that differ.
     """
-    row_of = {key: row for row, key in enumerate(beton.manifest.keys)}
+    wanted = {probe.key for probe in manifest.probes}
+    row_of = {key: row for row, key in enumerate(beton.manifest.keys) if key in wanted}
     probes = [probe for probe in manifest.probes if probe.key in row_of]
     if not probes:
         warnings.warn(
@@ -58,10 +58,10 @@ def check_probes(beton: Beton, manifest: StoreManifest, where: str) -> None:
     rows, views = np.array([row_of[probe.key] for probe in probes]), np.array([probe.view for probe in probes])
     rendered = _render(beton, manifest.views, rows, views, probes[0].size)
     pairs = list(zip(probes, rendered, strict=True))
-    changed = [p for p, pixels in pairs if hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest() != p.digest]
+    changed = [probe for probe, pixels in pairs if _digest(pixels) != probe.digest]
     if not changed:
         return
-    mean = float(np.mean([np.abs(_thumbnail(pixels) - _recorded(probe)).mean() for probe, pixels in pairs]))
+    mean = float(np.mean([np.abs(_thumbnail(pixels).astype(int) - _recorded(probe)).mean() for probe, pixels in pairs]))
     message = (
         f"{where}: expected the pixels that were labelled, found others in {len(changed)} of {len(probes)} golden "
         f"probes, such as view {changed[0].view} of {changed[0].key}; they differ by {mean:.3f} of 255 on average; "
@@ -81,13 +81,16 @@ def _render(
     return images
 
 
-def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
-    small = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return np.asarray(small).astype(np.int16)
+def _digest(pixels: NDArray[np.uint8]) -> str:
+    return hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest()
 
 
-def _recorded(probe: Probe) -> NDArray[np.int16]:
-    return np.frombuffer(base64.b64decode(probe.thumbnail), np.uint8).reshape(THUMBNAIL, THUMBNAIL, 3).astype(np.int16)
+def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+
+
+def _recorded(probe: Probe) -> NDArray[np.uint8]:
+    return np.frombuffer(base64.b64decode(probe.thumbnail), np.uint8).reshape(THUMBNAIL, THUMBNAIL, 3)
 
 
 def _libraries(manifest: StoreManifest) -> str:
