@@ -8,12 +8,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError
 
 
-def flags(option: str) -> list[str]:
-    """What pkg-config knows of libjpeg; without it the compiler's own paths have to do."""
-    command = ["pkg-config", option, "libjpeg", "zlib"]
-    if shutil.which(command[0]) and subprocess.run([*command[:1], "--exists", *command[2:]]).returncode == 0:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return [] if option == "--cflags" else ["-ljpeg", "-lz"]
+def pkg_config(option: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["pkg-config", option, "libjpeg", "zlib"], capture_output=True, text=True)
+
+
+def flags() -> tuple[list[str], list[str]]:
+    """What pkg-config knows, for compiler and linker; without it the compiler's own paths have to do."""
+    if shutil.which("pkg-config") and pkg_config("--exists").returncode == 0:
+        return pkg_config("--cflags").stdout.split(), pkg_config("--libs").stdout.split()
+    return [], ["-ljpeg", "-lz"]
 
 
 class BuildJpeg(build_ext):
@@ -28,7 +31,6 @@ class BuildJpeg(build_ext):
             ) from None
 
 
-extension = Extension(
-    "pipeline._jpeg", ["pipeline/_jpeg.c"], extra_compile_args=flags("--cflags"), extra_link_args=flags("--libs")
-)
+compiler, linker = flags()
+extension = Extension("pipeline._jpeg", ["pipeline/_jpeg.c"], extra_compile_args=compiler, extra_link_args=linker)
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildJpeg})
