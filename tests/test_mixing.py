@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from draw_checks import assert_frequencies, key_of_draw, parameters_of
 from numba import njit
 from numpy.typing import NDArray
 from scipy import stats
@@ -19,7 +20,6 @@ from pipeline.recipe import (
     MixRecipe,
     RandAugmentRecipe,
     RandomErasingRecipe,
-    ViewRecipe,
 )
 from pipeline.views import draws, geometry, mixing, policies
 from pipeline.views.draws import ONE, draw, draw_below, stream
@@ -38,14 +38,10 @@ from pipeline.views.mixing import (
     mix_share,
     partner,
 )
-from pipeline.views.parameters import ViewParameters, view_parameters
+from pipeline.views.parameters import ViewParameters
 
 NARROW = {"area": (0.02, 0.3333), "aspect": (0.3, 3.3333)}
 WIDE = {"area": (0.3, 1.0), "aspect": (0.1, 10.0)}
-
-
-def parameters_of(seed: int = 0, **parts) -> ViewParameters:
-    return view_parameters(ViewRecipe(seed=seed, count=1, **parts))
 
 
 def erasing(seed: int = 0, probability: float = 1.0, **options) -> ViewParameters:
@@ -87,15 +83,6 @@ def mixing_of(
     return kinds, shares, cuts
 
 
-def assert_frequencies(counts, expected) -> None:
-    """Chi squared, p = 0.0001."""
-    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
-    assert (counts[expected == 0] == 0).all()
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    if len(counts) > 1:
-        assert stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue > 1e-4
-
-
 def assert_same_distribution(first: NDArray, second: NDArray) -> None:
     """Kolmogorov-Smirnov of two samples, p = 0.0001."""
     result = stats.ks_2samp(first, second, method="asymp")
@@ -118,15 +105,6 @@ def test_views_are_erased_at_their_rate(probability: float, count: int) -> None:
     numbers = [int(erasures(p, state)) for state in states_of(p, 8000)]
     assert set(numbers) <= {0, count}
     assert_frequencies([numbers.count(0), numbers.count(count)], [1 - probability, probability])
-
-
-@njit
-def key_of_draw(number, wanted):
-    """A key for which word `number` gives this draw, of seed 0 and view 0."""
-    key = 0
-    while draw_below(stream(np.uint64(0), key, 0), number, ONE) != wanted:
-        key += 1
-    return key
 
 
 @pytest.mark.parametrize("wanted", [0, ONE - 1])

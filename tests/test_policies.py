@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from draw_checks import assert_frequencies, key_of_draw, parameters_of
 from numba import njit
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,11 +23,10 @@ from pipeline.recipe import (
     RandAugmentRecipe,
     ThreeAugmentRecipe,
     TrivialAugmentRecipe,
-    ViewRecipe,
 )
 from pipeline.views import policies
-from pipeline.views.draws import ONE, draw_below, stream
-from pipeline.views.parameters import MEAN_COLOUR, ViewParameters, view_parameters
+from pipeline.views.draws import ONE, stream
+from pipeline.views.parameters import MEAN_COLOUR, ViewParameters
 from pipeline.views.policies import (
     BLUR,
     BLUR_UNIT,
@@ -78,10 +78,6 @@ RECIPES = {
 }
 
 
-def parameters_of(seed: int = 0, **parts) -> ViewParameters:
-    return view_parameters(ViewRecipe(seed=seed, count=1, **parts))
-
-
 @njit
 def fill_plans(p, plans, counts):
     for key in range(len(plans)):
@@ -110,16 +106,6 @@ def operation_of(name: str) -> int:
     for ending in ("Increasing", "Original", "Rel"):
         name = name.removesuffix(ending)
     return NAMES.index(name)
-
-
-def assert_frequencies(counts, expected) -> None:
-    """Chi squared."""
-    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
-    assert counts.shape == expected.shape
-    assert (counts[expected == 0] == 0).all()
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    if len(counts) > 1:
-        assert stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue > 1e-4
 
 
 def assert_same_frequencies(first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
@@ -236,15 +222,6 @@ def test_rand_augment_applies_each_operation_with_its_probability(operations: in
     lengths = [len(plan) for plan in plans_of(parameters_of(2, rand_augment=recipe), 10_000)]
     expected = stats.binom.pmf(np.arange(operations + 1), operations, probability)
     assert_frequencies(np.bincount(lengths, minlength=operations + 1), expected)
-
-
-@njit
-def key_of_draw(number, wanted):
-    """A key for which word `number` gives this draw, of seed 0 and view 0."""
-    key = 0
-    while draw_below(stream(np.uint64(0), key, 0), number, ONE) != wanted:
-        key += 1
-    return key
 
 
 @pytest.mark.parametrize("wanted", [0, ONE - 1])

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_packs import pack_folder
 
 import pipeline.probes
-from pipeline.beton import Beton, open_beton
+from pipeline.beton import Beton
 from pipeline.errors import DataError
 from pipeline.manifest import Probe, StoreManifest, library_versions
-from pipeline.pack import pack
 from pipeline.probes import COUNT, check_probes, make_probes
-from pipeline.recipe import PackRecipe, SourceRecipe, ViewRecipe
+from pipeline.recipe import ViewRecipe
 
 VIEWS = ViewRecipe(seed=3, count=5)
 
@@ -108,9 +108,7 @@ def packed_part(folder: Path, keys: list[str], tmp_path: Path) -> Beton:
     for key in keys:
         (tmp_path / "part" / key).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "part" / key).write_bytes((folder / key).read_bytes())
-    source = SourceRecipe(kind="imagefolder", path=str(tmp_path / "part"))
-    pack(PackRecipe(source=source, output=str(tmp_path / "part.beton")))
-    return open_beton(tmp_path / "part.beton")
+    return pack_folder(tmp_path / "part")[1]
 
 
 @pytest.mark.parametrize("thumbnail", ["", "AAAA", "not base64!"])
