@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 .PHONY: help setup demo test check bench clean
 
 help:
-	@echo "make demo   pack, label, train, fold and export on real images; prints a table (about 8 minutes on 2 cores)"
+	@echo "make demo   pack, label, train, fold and export on real images; prints a table (8 to 9 minutes on 2 cores)"
 	@echo "make test   the tests"
 	@echo "make check  ruff, pyright and the tests"
 	@echo "make bench  the benchmarks"
