@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import LabelRecipe, PackRecipe
 from pipeline.recipe_file import load_recipe
 
@@ -28,31 +28,44 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from pipeline.label import label
+    from pipeline.label import estimate, label
     from pipeline.store import open_store
 
     recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
-    whole = label(recipe)
-    store = open_store(Path(recipe.store))
-    labelled, blocks = int(store.coverage().sum()), recipe.views.count * store.blocks
+    if arguments.estimate:
+        print(estimate(recipe, arguments.views))
+        return 0
+    whole = label(recipe, arguments.views)
+    store = open_store(recipe.store)
+    count = store.manifest.views.count
+    labelled, blocks = int(store.coverage().sum()), count * store.blocks
     if not whole:
         print(
             f"{recipe.store}: stopped with {labelled} of {blocks} blocks labelled; run the same command again to go on"
         )
         return INTERRUPTED_STATUS
+    part = "" if labelled == blocks else f"{labelled} of {blocks} blocks of "
     size = f"{store.bytes_per_view():.2f} bytes a view"
-    print(f"{recipe.store}: {recipe.views.count} views of {store.manifest.samples} images, {size}")
+    print(f"{recipe.store}: {part}{count} views of {store.manifest.samples} images, {size}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from pipeline.verify import verify
 
-    report = verify(_existing(arguments.path))
+    path = _existing(arguments.path)
+    if (arguments.sample is None) != (arguments.config is None):
+        raise RecipeError("verify: expected --sample N together with --config F, the label recipe, found one of them")
+    report = verify(path)
+    if arguments.sample is not None and not report.problems:
+        from pipeline.relabel import relabel
+
+        recipe = load_recipe(LabelRecipe, arguments.config, [*arguments.overrides, ("store", json.dumps(path))])
+        report = relabel(recipe, arguments.sample, arguments.seed)
     for problem in report.problems:
         print(problem)
     state = f"{len(report.problems)} not whole" if report.problems else "whole"
-    print(f"{arguments.path}: {report.checked}; {state}")
+    print(f"{path}: {report.checked}; {state}")
     return DAMAGED_STATUS if report.problems else 0
 
 
@@ -64,6 +77,13 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from pipeline.convert import convert
+
+    print(convert(arguments.source, arguments.target, arguments.images, arguments.shard_samples))
+    return 0
+
+
 def _render(arguments: argparse.Namespace) -> int:
     from pipeline.sheet import make_sheet
 
@@ -72,22 +92,46 @@ def _render(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise DataError(f"{path}: expected a .beton or a store of labels, found nothing there; check the path")
+def _existing(path: str) -> str:
+    if "://" not in path and not Path(path).exists():
+        raise DataError(f"{path}: expected a .beton or labels, found nothing there; check the path")
     return path
+
+
+def _views(text: str) -> range:
+    """'3-5' -> range(3, 6), '3' -> range(3, 4)."""
+    first, dash, last = text.partition("-")
+    if not (first.isdecimal() and (last.isdecimal() if dash else not last)):
+        raise argparse.ArgumentTypeError(f"expected A-B or A, the numbers of views, found {text!r}")
+    views = range(int(first), int(last or first) + 1)
+    if not views:
+        raise argparse.ArgumentTypeError(f"expected A-B with A at most B, found {text!r}")
+    return views
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
-    add_verb(verbs, "label", "label views with a teacher (also under `accelerate launch -m`)", _label)
-    help = "check every checksum, image and block of a .beton or a store; 0: whole, 1: the list of what is not"
-    add_verb(verbs, "verify", help, _verify, config=False).add_argument("path", type=Path)
-    show = add_verb(verbs, "show", "what a .beton or a store holds", _show, config=False)
-    show.add_argument("path", type=Path)
+    label = add_verb(verbs, "label", "label views with teachers (also under `accelerate launch -m`)", _label)
+    label.add_argument("--views", type=_views, metavar="A-B", help="these views alone; other launches do the others")
+    label.add_argument("--estimate", action="store_true", help="time and bytes of the run, from a few measured batches")
+    help = "check every checksum, image and block of a .beton, a store or shards; 0: whole, 1: the list of what is not"
+    verify = add_verb(verbs, "verify", help, _verify, config=False)
+    verify.add_argument("path")
+    verify.add_argument("--sample", type=int, metavar="N", help="also label N random views again and compare")
+    verify.add_argument(
+        "--config", type=Path, help="the label recipe, for --sample; --section.key VALUE overrides a key"
+    )
+    verify.add_argument("--seed", type=int, default=0, help="of the random choice")
+    show = add_verb(verbs, "show", "what a .beton, a store or shards hold", _show, config=False)
+    show.add_argument("path")
     show.add_argument("--json", action="store_true", help="one JSON document, for programs")
+    convert = add_verb(verbs, "convert", "a store to WebDataset shards, or back", _convert, config=False)
+    convert.add_argument("source", help="a store, or a folder of shards")
+    convert.add_argument("target", help="a folder for shards, or a new store, which ends in .zarr")
+    convert.add_argument("--images", type=Path, metavar="BETON", help="put the images and hard labels into the shards")
+    convert.add_argument("--shard-samples", type=int, default=10000, metavar="N", help="images in each shard")
     render = add_verb(verbs, "render", "views of a label recipe as a picture, with their parameters", _render)
     render.add_argument("--keys", action="append", required=True, help="images, with commas between them")
     render.add_argument("--views", required=True, help="numbers and ranges: 0-7 or 0,3,5-6")

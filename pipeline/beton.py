@@ -4,6 +4,7 @@ FFCV's own writer re-encodes every JPEG; the layout written here (header, field 
 allocation table) is the one its reader and loaders expect, so stock FFCV opens the file too.
 """
 
+import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,9 @@ import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from pipeline.errors import DataError, FormatError
-from pipeline.manifest import PackManifest, key_digests
+from pipeline.manifest import PackManifest, key_digests, parse_sealed
 
 
 @contextmanager
@@ -166,6 +166,7 @@ def _header(count: int, page: int, table_position: int) -> bytes:
 
 
 def _read_manifest(path: Path) -> PackManifest:
+    remedy = "copy it again, or pack again"
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -173,13 +174,12 @@ def _read_manifest(path: Path) -> PackManifest:
             f"{path}: expected the manifest of the .beton beside it, found none; copy it too, or pack again"
         ) from None
     try:
-        return PackManifest.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise FormatError(
-            f"{path}: expected a manifest of version 1, found: {where}: {problem['msg']}; pack again"
-        ) from None
+        document = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{path}: expected a manifest in JSON, found: {error}; {remedy}") from None
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: expected a manifest, found a {type(document).__name__}; {remedy}")
+    return parse_sealed(PackManifest, document, str(path), remedy)
 
 
 def _beton(path: Path, manifest: PackManifest, rows: NDArray, table: NDArray, table_position: int) -> Beton:

@@ -20,7 +20,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     try:
         known, rest = parser.parse_known_args(arguments)
         known.overrides = overrides(rest)
-        if known.overrides and not hasattr(known, "config"):
+        if known.overrides and getattr(known, "config", None) is None:
             raise RecipeError(
                 f"--{known.overrides[0][0]}: expected an option of `{known.verb}`, found none of that name"
             )

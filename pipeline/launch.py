@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from pipeline.errors import DataError
 
 
-def make_accelerator(stage: str) -> Accelerator:
+def make_accelerator(stage: str, precision: str | None = None) -> Accelerator:
     """The Accelerator of this process; prints one line that says how many processes run and where.
 
-    Raises DataError when the launcher started more processes than Accelerate knows of: each would believe that it is
-    alone and do all of the work.
+    precision: that of the recipe, where results depend on it; None: the launcher's `--mixed_precision`. Raises
+    DataError when the launcher asks for another one than the recipe, and when it started more processes than Accelerate
+    knows of: each would believe that it is alone and do all of the work.
     """
     accelerator = Accelerator(cpu=not _has_accelerator())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -23,8 +24,14 @@ def make_accelerator(stage: str) -> Accelerator:
             f"{stage}: expected {launched} processes, as the launcher says, found {accelerator.num_processes}; "
             "start them with `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`"
         )
+    asked = _precision(accelerator)
+    if precision is not None and asked not in ("float32", precision):
+        raise DataError(
+            f"{stage}: expected no --mixed_precision, because labels depend on it, found {asked}; "
+            f"set `precision: {asked}` in the recipe"
+        )
     plural = "" if launched == 1 else "es"
-    accelerator.print(f"{stage}: {launched} process{plural} on {accelerator.device.type}, {_precision(accelerator)}")
+    accelerator.print(f"{stage}: {launched} process{plural} on {accelerator.device.type}, {precision or asked}")
     return accelerator
 
 

@@ -2,20 +2,23 @@
 
 import base64
 import hashlib
+import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, FormatError
 from pipeline.jpeg import jpeg_version
-from pipeline.recipe import Model, PackRecipe, ViewRecipe
+from pipeline.recipe import Model, PackRecipe, Precision, TemplateRecipe, ViewRecipe
 
 LIBRARIES = ("ffcv", "numba", "numpy", "pillow", "timm", "torch", "zarr")
 THUMBNAIL = 8  # pixels a side
+FEW = 5
+M = TypeVar("M", bound=Model)
 
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -48,11 +51,15 @@ class PackManifest(Model):
 
 
 class TeacherRecord(Model):
+    """`interpolation` is what the teacher was trained with; views are always bilinear."""
+
     model: str
+    library: str
     weights_digest: str
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: str
     weight: float
 
 
@@ -86,6 +93,12 @@ class StoreManifest(Model):
     class_list_digest: str
     views: ViewRecipe
     teachers: tuple[TeacherRecord, ...]
+    ensemble: str
+    flip_average: bool
+    template: TemplateRecipe | None
+    precision: Precision
+    channels_last: bool
+    compile: bool
     probes: tuple[Probe, ...]
     libraries: dict[str, str]
 
@@ -111,6 +124,37 @@ def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
             "rename or remove one of the two images"
         )
     return digests
+
+
+def sealed(manifest: Model) -> dict[str, Any]:
+    """A manifest as plain data with its digest, which makes a changed character noticed."""
+    document = manifest.model_dump(mode="json")
+    return document | {"digest": _document_digest(document)}
+
+
+def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: str) -> M:
+    """The manifest in plain data that `sealed` made. Raises FormatError when it was changed or has other keys."""
+    content = {name: value for name, value in document.items() if name != "digest"}
+    try:
+        # through JSON, where a list is a legal tuple and types stay strict
+        manifest = model.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False)[:FEW]]
+        raise FormatError(
+            f"{where}: expected a manifest of version 1, found problems: {'; '.join(problems)}; {remedy}"
+        ) from None
+    expected, found = document.get("digest"), _document_digest(content)
+    if found != expected:
+        raise FormatError(
+            f"{where}: expected a manifest with digest {expected}, found {found}: it was damaged or edited; {remedy}"
+        )
+    return manifest
+
+
+def _document_digest(document: dict[str, Any]) -> str:
+    """BLAKE2b, 8 bytes, in hexadecimal, of the data as JSON with sorted keys, no spaces and nothing but ASCII."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def text_digest(lines: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ image once, under the first that applies:
 """
 
 import io
+import json
 import shutil
 import zlib
 from collections import Counter
@@ -28,7 +29,7 @@ from pipeline.beton import PackedImage, manifest_path, tables_crc32, write_beton
 from pipeline.errors import DataError
 from pipeline.files import atomic_path
 from pipeline.jpeg import decodes
-from pipeline.manifest import PackManifest, key_digests, library_versions
+from pipeline.manifest import PackManifest, key_digests, library_versions, sealed
 from pipeline.parallel import in_order
 from pipeline.recipe import PackRecipe
 from pipeline.recipe_file import save_recipe
@@ -92,7 +93,7 @@ def pack(recipe: PackRecipe) -> PackManifest:
             skipped=tuple(log.skipped),
             libraries=library_versions(),
         )
-        partial_manifest.write_text(manifest.model_dump_json(), encoding="utf-8")
+        partial_manifest.write_text(json.dumps(sealed(manifest)), encoding="utf-8")
         manifest_path(output).unlink(missing_ok=True)  # a crash between the two must not leave a pair that disagrees
     save_recipe(recipe, output.with_suffix(".recipe.yaml"))
     return manifest

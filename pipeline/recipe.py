@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
 Aspect = Annotated[float, Field(ge=0.01, le=100)]
+Precision = Literal["float32", "bf16", "fp16"]  # of the teachers, under autocast
 POLICIES = ("rand_augment", "auto_augment", "trivial_augment", "three_augment")
 
 
@@ -157,25 +158,43 @@ class PackRecipe(Model):
 
 
 class TeacherRecipe(Model):
-    """A timm model. `checkpoint` is a local .safetensors or .pth file; null takes timm's published weights."""
+    """A timm or torchvision classifier. `checkpoint` is a local .safetensors or .pth file; null takes the library's
+    published weights. `size` is that of its views, in pixels; null takes the one it was trained for. `weight` is its
+    share in an ensemble, relative to the others'."""
 
     model: str
+    library: Literal["timm", "torchvision"] = "timm"
     checkpoint: str | None = None
-    size: int = Field(ge=1)
+    size: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0)
 
 
+class TemplateRecipe(Model):
+    """The tail template of each image is the mean over its first `views` views."""
+
+    views: int = Field(default=16, ge=1)
+
+
 class LabelRecipe(Model):
-    """`os_cache: false` reads whole pages ahead, for a .beton larger than memory or on a slow disk."""
+    """`ensemble` is what is averaged over several teachers, and over a view and its mirror image with `flip_average`.
+    `min_top1`, in percent, is what the teachers must reach on the hard labels of a few views before they may label.
+    `os_cache: false` reads whole pages ahead, for a .beton larger than memory or on a slow disk."""
 
     beton: str
     store: str
     classes: int = Field(ge=2)
     views: ViewRecipe
-    teachers: tuple[TeacherRecipe, ...] = Field(min_length=1, max_length=1)
+    teachers: tuple[TeacherRecipe, ...] = Field(min_length=1)
+    ensemble: Literal["probabilities", "logits"] = "probabilities"
+    flip_average: bool = False
+    min_top1: float | None = Field(default=None, ge=0, le=100)
     top_k: int = Field(ge=1, le=255)
+    template: TemplateRecipe | None = None
     block_rows: int = Field(default=32768, ge=1)
     batch_size: int = Field(default=256, ge=1)
+    precision: Precision = "float32"
+    channels_last: bool = True
+    compile: bool = False
     workers: int = Field(default=8, ge=1)
     os_cache: bool = True
 
@@ -183,4 +202,14 @@ class LabelRecipe(Model):
     def _top_k_fits(self) -> "LabelRecipe":
         if self.top_k > self.classes:
             raise ValueError(f"top_k must be at most classes = {self.classes} (got {self.top_k})")
+        return self
+
+    @model_validator(mode="after")
+    def _template_fits(self) -> "LabelRecipe":
+        if self.template and self.template.views > self.views.count:
+            raise ValueError(
+                f"template.views must be at most views.count = {self.views.count} (got {self.template.views})"
+            )
+        if self.template and self.top_k == self.classes:
+            raise ValueError(f"template: expected null, since top_k = classes = {self.classes} leaves no tail")
         return self

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from pipeline.beton import Beton, open_beton
 from pipeline.store import Store, open_store
+from pipeline.topk import decode
 
 FIRST = 5  # classes and skipped images that the summary names
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """A .beton (a file) or a store (a folder) as plain data. Raises DataError and FormatError as opening it does."""
-    return _store(open_store(path)) if path.is_dir() else _beton(open_beton(path))
+def describe(path: str) -> dict[str, Any]:
+    """A .beton, or a store at a path or an address, as plain data. Raises DataError and FormatError as opening does."""
+    return _beton(open_beton(path)) if path.endswith(".beton") or Path(path).is_file() else _store(open_store(path))
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -47,13 +48,28 @@ def _beton(beton: Beton) -> dict[str, Any]:
 def _store(store: Store) -> dict[str, Any]:
     return {
         "kind": "store",
-        "path": str(store.path),
+        "path": store.name,
         "blocks": store.blocks,
         "coverage": store.coverage().tolist(),
+        "templates": int(np.count_nonzero(store.template_digests())) if store.manifest.template else None,
+        "views": _views(store),
         "bytes": store.stored_bytes(),
         "bytes_per_view": store.bytes_per_view(),
         "manifest": store.manifest.model_dump(mode="json"),
     }
+
+
+def _views(store: Store) -> list[dict[str, Any]]:
+    """Figures of each view of which something is labelled, from one of its blocks, a different one for each view."""
+    figures = []
+    for view, digests in enumerate(store.digests()):
+        labelled = np.flatnonzero(digests)
+        if len(labelled):
+            codes = store.read_block(view, int(labelled[view % len(labelled)]))
+            soft = decode(*codes.tensors(), store.manifest.classes, 1.0)
+            means = {"confidence": soft.probability[:, 0].mean(), "tail": soft.tail.mean()}
+            figures.append({"view": view} | {name: float(mean) for name, mean in means.items()})
+    return figures
 
 
 def _beton_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
@@ -76,18 +92,37 @@ def _beton_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _store_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
     manifest, blocks = document["manifest"], document["blocks"]
-    size = (
-        f"{_megabytes(sum(document['bytes'].values()))}, {document['bytes_per_view']:.2f} bytes for each image and view"
-    )
+    stored, template = dict(document["bytes"]), []
+    if manifest["template"]:
+        count = stored.pop("tail_template")
+        state = "whole" if document["templates"] == blocks else f"{document['templates']} of {blocks} blocks"
+        template = [
+            ("template", f"{_megabytes(count)}, {count / manifest['samples']:.0f} bytes for each image; {state}")
+        ]
+    size = f"{_megabytes(sum(stored.values()))}, {document['bytes_per_view']:.2f} bytes for each image and view"
     return [
         ("store", document["path"]),
         ("labels", f"top {manifest['top_k']} of {manifest['classes']} classes, {manifest['samples']} images"),
         ("codes", size),
+        *template,
         *[("coverage", line) for line in _coverage(document["coverage"], blocks)],
+        *_view_lines(document["views"]),
         *_leaves("views", manifest["views"]),
+        *_leaves("template", manifest["template"]),
+        *[(name, str(manifest[name])) for name in ("ensemble", "flip_average", "precision")],
         *[line for teacher in manifest["teachers"] for line in _leaves("teacher", teacher)],
         ("libraries", ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())),
     ]
+
+
+def _view_lines(views: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The ranges of the figures over all views; a view that stands out is one to look at."""
+    words = {"confidence": "mean probability of the first class", "tail": "mean mass outside the top k"}
+    lines = []
+    for name, text in words.items() if views else ():
+        values = [view[name] for view in views]
+        lines.append((name, f"{text}: {min(values):.3f} to {max(values):.3f} over the views"))
+    return lines
 
 
 def _coverage(labelled: Sequence[int], blocks: int) -> list[str]:

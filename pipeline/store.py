@@ -6,16 +6,16 @@ are chunks: any number of processes may write to one store as long as no two wri
 images by key digest, never by position. The format is described in FORMAT.md.
 """
 
-import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from pipeline.errors import DataError, FormatError
-from pipeline.manifest import StoreManifest, array_digest
+from pipeline.manifest import StoreManifest, array_digest, parse_sealed
+from pipeline.places import place
 from pipeline.topk import Codes, index_dtype
 from pipeline.zarr_store import ATTRIBUTE, ZarrGroup, create_group
 
@@ -28,7 +28,7 @@ class Store:
 
     def __init__(self, group: ZarrGroup, manifest: StoreManifest):
         self._group = group
-        self.path = group.path
+        self.name = group.place.name
         self.manifest = manifest
         self.keys: NDArray[np.uint64] = group.read_column("key")
         self.crc32: NDArray[np.uint32] = group.read_column("crc32")
@@ -44,24 +44,34 @@ class Store:
         first = block * self.manifest.block_rows
         return slice(first, min(first + self.manifest.block_rows, self.manifest.samples))
 
-    def missing(self) -> list[tuple[int, int]]:
-        """(view, block) of everything not labelled yet, view by view. Raises FormatError for a corrupt digest."""
-        return [(int(view), int(block)) for view, block in np.argwhere(self._digests() == 0)]
+    def digests(self) -> NDArray[np.uint64]:
+        """The digest of each block, [V, blocks]; 0: not labelled yet. Raises FormatError for a corrupt one."""
+        return self._digests(range(self.manifest.views.count))
+
+    def template_digests(self) -> NDArray[np.uint64]:
+        """The digest of each block's tail template, [blocks]; 0: none yet. Raises FormatError for a corrupt one."""
+        try:
+            return self._group.read("template_digest", (slice(None),), self.name, "label again")
+        except FormatError:
+            for block in range(self.blocks):
+                self._template_digest(block)  # slower, and its error names the block
+            raise
 
     def coverage(self) -> NDArray[np.int64]:
         """How many blocks of each view are labelled, [V]. Raises FormatError for a corrupt digest."""
-        return np.count_nonzero(self._digests(), axis=1)
-
-    def is_labelled(self, view: int) -> bool:
-        return all(self.is_block_labelled(view, block) for block in range(self.blocks))
+        return np.count_nonzero(self.digests(), axis=1)
 
     def is_block_labelled(self, view: int, block: int) -> bool:
         return self._digest(view, block) != 0
 
-    def write_block(self, view: int, block: int, codes: Codes) -> None:
-        """Commit the codes of one block; it is labelled once this returns.
+    def has_template(self, block: int) -> bool:
+        return self._template_digest(block) != 0
 
-        Raises DataError when the disk is full or refuses; the block then still counts as not labelled.
+    def write_block(self, view: int, block: int, codes: Codes) -> None:
+        """Commit the codes of one block; it is labelled once this returns. A block that has the same codes already is
+        left as it is.
+
+        Raises DataError when it has others, and when the disk is full or refuses; it then still counts as not labelled.
         """
         place, k, classes = self._place(view, block), self.manifest.top_k, self.manifest.classes
         n = place[1].stop - place[1].start
@@ -69,10 +79,22 @@ class Store:
         assert shapes == ((n, k), (n, k - 1), (n,)), f"codes of shapes {shapes} for {n} rows, k = {k}"
         assert codes.index.dtype == index_dtype(classes), f"index {codes.index.dtype} for {classes} classes"
         assert codes.index.max() < classes, f"class {codes.index.max()} of {classes}"
-        for name, values in zip(CODE_ARRAYS, (codes.index, codes.gap, codes.tail), strict=True):
-            if values.size:  # k = 1 has no gaps
-                self._group.write(name, place, values)
-        self._group.write("block_digest", (view, block), block_digest(view, block, codes))
+        digest = block_digest(view, block, codes)
+        if self._is_new(self._digest(view, block), digest, self._where(view, block)):
+            for name, values in zip(CODE_ARRAYS, (codes.index, codes.gap, codes.tail), strict=True):
+                if values.size:  # k = 1 has no gaps
+                    self._group.write(name, place, values)
+            self._group.write("block_digest", (view, block), digest)
+
+    def write_template(self, block: int, template: NDArray[np.uint8]) -> None:
+        """Commit the tail template of a block's rows, uint8 [rows, C]. Raises as `write_block` does."""
+        rows = self.rows(block)
+        assert template.shape == (rows.stop - rows.start, self.manifest.classes), f"template {template.shape}"
+        assert template.dtype == np.uint8, f"template {template.dtype}"
+        digest = template_digest(block, template)
+        if self._is_new(self._template_digest(block), digest, self._template_where(block)):
+            self._group.write("tail_template", (rows, slice(None)), template)
+            self._group.write("template_digest", (block,), digest)
 
     def read_block(self, view: int, block: int) -> Codes:
         """The codes of one block, verified.
@@ -83,41 +105,118 @@ class Store:
         expected = self._digest(view, block)
         if expected == 0:
             raise DataError(f"{self._where(view, block)}: expected soft labels, found none yet; finish labelling first")
-        index, tail = self._read("topk_index", view, block), self._read("tail", view, block)
-        gap = self._read("topk_gap", view, block) if self.manifest.top_k > 1 else np.zeros((len(tail), 0), np.uint8)
-        codes = Codes(index, gap, tail)
-        found = block_digest(view, block, codes)
-        if found != expected:
-            problem = f"expected content with digest {expected:016x}, found {found:016x}"
-        elif index.max() >= self.manifest.classes:
-            problem = f"expected classes below {self.manifest.classes}, found {index.max()}"
-        else:
-            return codes
-        raise FormatError(f"{self._where(view, block)}: {problem}; {self._remedy(view, block)}")
+        codes = self._read_codes(self._place(view, block), self._where(view, block), self._remedy(view, block))
+        self._check(view, block, codes, expected)
+        return codes
 
     def read_view(self, view: int) -> Codes:
         """The codes of all N rows in one view, every block verified. Raises as `read_block` does."""
-        done = sum(self._digest(view, block) != 0 for block in range(self.blocks))
+        assert 0 <= view < self.manifest.views.count, f"view {view} of {self.manifest.views.count}"
+        [digests] = self._digests(range(view, view + 1))
+        done = np.count_nonzero(digests)
         if done < self.blocks:
             raise DataError(
-                f"{self.path}: view {view}: expected all {self.blocks} blocks labelled, found {done}; "
+                f"{self.name}: view {view}: expected all {self.blocks} blocks labelled, found {done}; "
                 "finish labelling first"
             )
-        return Codes.concatenate([self.read_block(view, block) for block in range(self.blocks)])
+        try:  # one array at a time, which needs no second copy of the codes
+            codes = self._read_codes((view, slice(None)), self.name, "label again")
+        except FormatError:
+            for block in range(self.blocks):
+                self.read_block(view, block)  # slower, and its error names the block
+            raise
+        for block in range(self.blocks):
+            self._check(view, block, codes[self.rows(block)], int(digests[block]))
+        return codes
+
+    def read_rows(self, view: int, rows: NDArray[np.int64]) -> Codes:
+        """The codes of some rows in one view, in the order asked for; only their blocks are read, and verified.
+        Raises as `read_block` does."""
+        rows = np.asarray(rows, np.int64)
+        assert ((rows >= 0) & (rows < self.manifest.samples)).all(), f"rows of {self.manifest.samples}"
+        blocks = rows // self.manifest.block_rows
+        parts, places = [], []
+        for block in np.unique(blocks):
+            wanted = np.flatnonzero(blocks == block)
+            parts.append(self.read_block(view, int(block))[rows[wanted] - block * self.manifest.block_rows])
+            places.append(wanted)
+        return Codes.concatenate(parts)[np.argsort(np.concatenate(places))]
+
+    def read_template(self, block: int | None = None) -> NDArray[np.uint8]:
+        """The tail template of a block's rows, or of all N: uint8 [rows, C], verified.
+
+        Raises DataError when a block has none yet, FormatError when it is corrupt, missing or another block's.
+        """
+        assert self.manifest.template, "a store without a template"
+        if block is None:
+            template = np.empty((self.manifest.samples, self.manifest.classes), np.uint8)
+            for block in range(self.blocks):
+                template[self.rows(block)] = self.read_template(block)
+            return template
+        where, remedy, expected = (
+            self._template_where(block),
+            self._template_remedy(block),
+            self._template_digest(block),
+        )
+        if expected == 0:
+            raise DataError(f"{where}: expected a template, found none yet; finish labelling first")
+        template = self._group.read("tail_template", (self.rows(block), slice(None)), where, remedy)
+        found = template_digest(block, template)
+        if found != expected:
+            raise FormatError(f"{where}: expected content with digest {expected:016x}, found {found:016x}; {remedy}")
+        return template
+
+    def grow(self, count: int) -> None:
+        """Make room for more views, `count` in all. Raises DataError when the disk refuses."""
+        assert count >= self.manifest.views.count, f"{count} views of {self.manifest.views.count}"
+        views = self.manifest.views.model_copy(update={"count": count})
+        self.manifest = self.manifest.model_copy(update={"views": views})
+        self._group.grow(self.manifest)
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes on disk of each code array, compressed, without metadata."""
-        return {name: self._group.stored_bytes(name) for name in CODE_ARRAYS}
+        """Bytes of each code array and of the template as they are stored, compressed, without metadata."""
+        template = ("tail_template",) if self.manifest.template else ()
+        return {name: self._group.stored_bytes(name) for name in CODE_ARRAYS + template}
 
     def bytes_per_view(self) -> float:
-        """Bytes on disk of the codes of one labelled view of one image, on average."""
-        labelled = np.count_nonzero(self._digests(), axis=0) @ [
-            r.stop - r.start for r in map(self.rows, range(self.blocks))
-        ]
-        return sum(self.stored_bytes().values()) / max(1, int(labelled))
+        """Bytes stored for the codes of one labelled view of one image, on average, without its template."""
+        rows = [self.rows(block) for block in range(self.blocks)]
+        labelled = np.count_nonzero(self.digests(), axis=0) @ [part.stop - part.start for part in rows]
+        stored = self.stored_bytes()
+        return sum(stored[name] for name in CODE_ARRAYS) / max(1, int(labelled))
 
-    def _read(self, name: str, view: int, block: int) -> NDArray[Any]:
-        return self._group.read(name, self._place(view, block), self._where(view, block), self._remedy(view, block))
+    def write_beside(self, suffix: str, data: bytes) -> None:
+        """Write a file next to the store: labels.zarr -> labels<suffix>."""
+        self._group.place.write_beside(suffix, data)
+
+    def free_bytes(self) -> int | None:
+        """Room on its disk; None where there is no limit that is known."""
+        return self._group.place.free_bytes()
+
+    def _read_codes(self, place: tuple[int, slice], where: str, remedy: str) -> Codes:
+        index, tail = (self._group.read(name, place, where, remedy) for name in ("topk_index", "tail"))
+        has_gaps = self.manifest.top_k > 1
+        gap = self._group.read("topk_gap", place, where, remedy) if has_gaps else np.zeros((len(tail), 0), np.uint8)
+        return Codes(index, gap, tail)
+
+    def _check(self, view: int, block: int, codes: Codes, expected: int) -> None:
+        found = block_digest(view, block, codes)
+        if found != expected:
+            problem = f"expected content with digest {expected:016x}, found {found:016x}"
+        elif codes.index.max() >= self.manifest.classes:
+            problem = f"expected classes below {self.manifest.classes}, found {codes.index.max()}"
+        else:
+            return
+        raise FormatError(f"{self._where(view, block)}: {problem}; {self._remedy(view, block)}")
+
+    def _is_new(self, found: int, digest: int, where: str) -> bool:
+        """Whether there is something to write. Two writers of one block are harmless when they agree."""
+        if found not in (0, digest):
+            raise DataError(
+                f"{where}: expected it not labelled yet, or with these labels, found another process's; "
+                "they were kept: give each launch views of its own with --views"
+            )
+        return found == 0
 
     def _digest(self, view: int, block: int) -> int:
         assert 0 <= view < self.manifest.views.count, f"view {view} of {self.manifest.views.count}"
@@ -125,11 +224,17 @@ class Store:
         where, remedy = self._where(view, block), self._remedy(view, block)
         return int(self._group.read("block_digest", (view, block), where, remedy))
 
-    def _digests(self) -> NDArray[np.uint64]:
+    def _template_digest(self, block: int) -> int:
+        where, remedy = self._template_where(block), self._template_remedy(block)
+        return int(self._group.read("template_digest", (block,), where, remedy))
+
+    def _digests(self, views: range) -> NDArray[np.uint64]:
         try:
-            return self._group.read("block_digest", (slice(None), slice(None)), str(self.path), "label again")
+            return self._group.read(
+                "block_digest", (slice(views.start, views.stop), slice(None)), self.name, "label again"
+            )
         except FormatError:
-            for view, block in np.ndindex(self.manifest.views.count, self.blocks):
+            for view, block in product(views, range(self.blocks)):
                 self._digest(view, block)  # slower, and its error names the block
             raise
 
@@ -138,33 +243,49 @@ class Store:
         return view, self.rows(block)
 
     def _where(self, view: int, block: int) -> str:
-        return f"{self.path}: view {view}, block {block}"
+        return f"{self.name}: view {view}, block {block}"
 
     def _remedy(self, view: int, block: int) -> str:
         return f"delete {self._group.chunk_file('block_digest', view, block)} and label again"
 
+    def _template_where(self, block: int) -> str:
+        return f"{self.name}: tail template, block {block}"
 
-def create_store(path: Path, manifest: StoreManifest, keys: NDArray[np.uint64], crc32: NDArray[np.uint32]) -> Store:
+    def _template_remedy(self, block: int) -> str:
+        return f"delete {self._group.chunk_file('template_digest', block)} and label again"
+
+
+def store_exists(location: str | Path) -> bool:
+    """Whether there is a store to open. Raises DataError for an address that cannot be reached."""
+    return place(location).exists()
+
+
+def create_store(
+    location: str | Path, manifest: StoreManifest, keys: NDArray[np.uint64], crc32: NDArray[np.uint32]
+) -> Store:
     """A new store with nothing labelled: whole under its name, or not there.
 
-    keys uint64 [N] and crc32 uint32 [N] of the packed images, in row order. Raises DataError when something is at
-    `path` already, or when the disk refuses.
+    location: a path, s3://bucket/path or gs://bucket/path; keys uint64 [N] and crc32 uint32 [N] of the packed images,
+    in row order. When another process makes one there at the same time, the first one counts and is opened. Raises
+    DataError when something is there already, or when the disk refuses.
     """
     assert keys.shape == crc32.shape == (manifest.samples,), f"{keys.shape}, {crc32.shape} for {manifest.samples} rows"
     assert (keys.dtype, crc32.dtype) == (np.uint64, np.uint32), f"{keys.dtype}, {crc32.dtype}"
-    create_group(path, manifest, {"key": keys, "crc32": crc32})
-    return open_store(path)
+    if place(location).exists():
+        raise DataError(f"{location}: expected a free name for a new store, found one in use; remove it, or open it")
+    create_group(place(location), manifest, {"key": keys, "crc32": crc32})
+    return open_store(location)
 
 
-def open_store(path: Path) -> Store:
-    """Open a store for reading and for labelling; nothing is written.
+def open_store(location: str | Path) -> Store:
+    """Open a store at a path, s3://bucket/path or gs://bucket/path, for reading and for labelling; nothing is written.
 
-    Raises DataError when nothing is there, FormatError for what is no store, a store of another version, a damaged
-    manifest, arrays that are missing or not what the manifest says, and corrupt keys or checksums. The codes
-    themselves are verified as they are read.
+    Raises DataError when nothing is there or it cannot be reached, FormatError for what is no store, a store of another
+    version, a damaged manifest, arrays that are missing or not what the manifest says, and corrupt keys or checksums.
+    The codes themselves are verified as they are read.
     """
-    group = ZarrGroup(path)
-    manifest = _parse_manifest(path, group.attributes)
+    group = ZarrGroup(place(location))
+    manifest = _parse_manifest(group.place.name, group.attributes)
     group.open_arrays(manifest)
     return Store(group, manifest)
 
@@ -174,20 +295,19 @@ def block_digest(view: int, block: int, codes: Codes) -> int:
     return array_digest(np.array([view, block], np.uint64), codes.index, codes.gap, codes.tail)
 
 
-def _parse_manifest(path: Path, attributes: dict[str, Any]) -> StoreManifest:
+def template_digest(block: int, template: NDArray[np.uint8]) -> int:
+    """BLAKE2b, 8 bytes, over the place and content of a block's tail template; never 0, which means none."""
+    return array_digest(np.array([block], np.uint64), template)
+
+
+def _parse_manifest(name: str, attributes: dict[str, Any]) -> StoreManifest:
     data = attributes.get(ATTRIBUTE)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = f"format {data.get('format')}" if isinstance(data, dict) else "no manifest"
-        raise FormatError(f"{path}: expected a store of format {FORMAT}, found {found}; check the path")
+        raise FormatError(f"{name}: expected a store of format {FORMAT}, found {found}; check the path")
     if data.get("version") != VERSION:
         raise FormatError(
-            f"{path}: format version {data.get('version')}, this softshard reads {VERSION}; "
+            f"{name}: format version {data.get('version')}, this softshard reads {VERSION}; "
             "use the softshard that wrote it, or label again"
         )
-    try:
-        return StoreManifest.model_validate_json(json.dumps(data))  # through JSON, where a list is a legal tuple
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False)]
-        raise FormatError(
-            f"{path}: expected a manifest of version {VERSION}, found problems: {'; '.join(problems)}; label again"
-        ) from None
+    return parse_sealed(StoreManifest, data, name, "label again")

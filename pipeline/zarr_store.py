@@ -4,23 +4,22 @@ The only module that knows zarr. It moves arrays and turns what zarr, the codecs
 project's errors; what the arrays mean is store.py's business. The layout is described byte for byte in FORMAT.md.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from obstore.exceptions import BaseError
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from pipeline.errors import DataError, FormatError
-from pipeline.manifest import StoreManifest
+from pipeline.manifest import StoreManifest, sealed
+from pipeline.places import Bucket, Folder, Place, first_line, writing
 from pipeline.topk import index_dtype
 
 ATTRIBUTE = "softshard"  # the group attribute that holds the manifest
@@ -33,6 +32,8 @@ _DAMAGE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, Ove
 
 
 class Layout(NamedTuple):
+    """The first of `dimensions` is "view" where an array grows with the number of views."""
+
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
@@ -42,7 +43,8 @@ class Layout(NamedTuple):
 
 
 def layouts(manifest: StoreManifest) -> dict[str, Layout]:
-    """The arrays a store of this manifest has, by name. With k = 1 there are no gaps and no gap array."""
+    """The arrays a store of this manifest has, by name. With k = 1 there are no gaps and no gap array; without a
+    template there are no template arrays."""
     n, v, k, rows = manifest.samples, manifest.views.count, manifest.top_k, manifest.block_rows
     u1, u4, u8, index = np.dtype(np.uint8), np.dtype(np.uint32), np.dtype(np.uint64), index_dtype(manifest.classes)
     view_sample = ("view", "sample")
@@ -56,30 +58,35 @@ def layouts(manifest: StoreManifest) -> dict[str, Layout]:
     }
     if k == 1:
         del arrays["topk_gap"]
+    if manifest.template:
+        classes = manifest.classes
+        arrays["tail_template"] = Layout(u1, (n, classes), (rows, classes), ("sample", "class"), 255)
+        arrays["template_digest"] = Layout(u8, (-(-n // rows),), (1,), ("block",), 0)
     return arrays
 
 
 class ZarrGroup:
-    """The arrays of one store on a local path. Opening reads metadata and writes nothing."""
+    """The arrays of one store. Opening reads metadata and writes nothing."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        if not path.exists():
-            raise DataError(f"{path}: expected a store of labels, found nothing there; check the path, or label first")
-        if not path.is_dir():
-            raise FormatError(f"{path}: expected a store of labels, which is a folder, found a file; check the path")
-        with _reading(str(path), "a store of labels (a zarr v3 group)", "check the path, or label again"):
-            self._group = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
+    def __init__(self, place: Place):
+        self.place = place
+        if not place.exists():
+            raise DataError(
+                f"{place.name}: expected a store of labels, found nothing there; check the path, or label first"
+            )
+        with _reading(place.name, "a store of labels (a zarr v3 group)", "check the path, or label again"):
+            self._group = zarr.open_group(_storage(place), mode="r+", zarr_format=3, use_consolidated=False)
             self.attributes: dict[str, Any] = self._group.attrs.asdict()
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def open_arrays(self, manifest: StoreManifest) -> None:
         """Raises FormatError unless each array is there and is what the manifest says."""
-        for name, layout in layouts(manifest).items():
-            where = f"{self.path}/{name}"
+        expected = zarr.open_group(MemoryStore(_new_group(manifest, {})), mode="r")
+        for name in layouts(manifest):
+            where = f"{self.place.name}/{name}"
             with _reading(where, "an array", "restore its zarr.json, or label again"):
                 node = self._group[name]
-            self._arrays[name] = _checked_array(where, node, layout).with_config(_CONFIG)
+            self._arrays[name] = _checked_array(where, node, expected[name]).with_config(_CONFIG)
 
     def read(self, name: str, selection: Selection, where: str, remedy: str) -> NDArray[Any]:
         """One part of an array, C-contiguous. Raises FormatError for corrupt chunks, naming `where` and the array."""
@@ -89,53 +96,65 @@ class ZarrGroup:
     def read_column(self, name: str) -> NDArray[Any]:
         """A whole array that is written once, at creation. Raises FormatError also when its chunk is missing."""
         remedy = "restore the store from a copy, or label again"
-        with _reading(f"{self.path}/{name}", "intact chunks", remedy):
+        with _reading(f"{self.place.name}/{name}", "intact chunks", remedy):
             missing = self._arrays[name].nchunks - self._arrays[name].nchunks_initialized
         if missing:
-            raise FormatError(f"{self.path}/{name}: expected its chunk, found none; {remedy}")
-        return self.read(name, (slice(None),), str(self.path), remedy)
+            raise FormatError(f"{self.place.name}/{name}: expected its chunk, found none; {remedy}")
+        return self.read(name, (slice(None),), self.place.name, remedy)
 
     def write(self, name: str, selection: Selection, values: NDArray[Any] | int) -> None:
         """Raises DataError when the disk refuses."""
-        with _writing(self.path):
+        with writing(self.place.name):
             self._arrays[name][selection] = values
 
-    def chunk_file(self, name: str, *position: int) -> Path:
-        return self.path.joinpath(name, "c", *map(str, position))
+    def grow(self, manifest: StoreManifest) -> None:
+        """Make room for the views of a manifest that has more of them. Its metadata comes last: after a crash in
+        between the store is what it was before, with arrays that are larger than it needs."""
+        with writing(self.place.name):
+            for name, layout in layouts(manifest).items():
+                if self._arrays[name].shape < layout.shape:
+                    self._arrays[name].resize(layout.shape)
+            self._group.attrs.put({ATTRIBUTE: sealed(manifest)})
+
+    def chunk_file(self, name: str, *position: int) -> str:
+        return "/".join([self.place.name, name, "c", *map(str, position)])
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of an array's chunks on disk, without metadata; 0 for an array that this store does not have."""
-        return sum(file.stat().st_size for file in (self.path / name / "c").rglob("*") if file.is_file())
+        """Bytes of an array's chunks, without metadata; 0 for an array that this store does not have."""
+        return sum(self.place.sizes(f"{name}/c").values())
 
 
-def create_group(path: Path, manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> None:
-    """Create an empty store with its key and crc32 columns: whole under its name, or not at all.
+def create_group(place: Place, manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> bool:
+    """Create an empty store with its key and crc32 columns; False when another process did so at the same time.
 
-    Raises DataError when there is something at `path` already, or the disk refuses.
+    Raises DataError when the disk or the bucket refuses.
     """
-    if path.exists():
-        raise DataError(f"{path}: expected a free name for a new store, found a file or folder; remove it, or open it")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _writing(path):
-        try:
-            for name, data in _new_group(manifest, columns).items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (partial / name).write_bytes(data)
-            os.rename(partial, path)  # refuses when another process was faster
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    return place.create({name: data.to_bytes() for name, data in _new_group(manifest, columns).items()})
 
 
-def _new_group(manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
+def compressed_bytes(manifest: StoreManifest, parts: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """What the chunks of some arrays take in a store of this manifest, if they were all of it."""
+    files = _new_group(manifest, parts)
+    return {array: sum(len(data) for name, data in files.items() if name.startswith(f"{array}/c/")) for array in parts}
+
+
+def _storage(place: Place) -> LocalStore | ObjectStore:
+    if isinstance(place, Folder):
+        return LocalStore(place.path)
+    assert isinstance(place, Bucket)
+    return ObjectStore(place.objects)
+
+
+def _new_group(manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
     # made in memory: zarr writes several files at a time, and goes on with the others behind our back when one fails
     files: dict[str, Buffer] = {}
-    attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}
+    attributes: dict[str, Any] = {ATTRIBUTE: sealed(manifest)}
     group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
     for name, layout in layouts(manifest).items():
         array = _create_array(group, name, layout)
         if name in columns:
             array[:] = columns[name]
-    return {name: data.to_bytes() for name, data in files.items()}
+    return files
 
 
 def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array[Any]:
@@ -153,14 +172,15 @@ def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array[An
     )
 
 
-def _checked_array(where: str, node: Any, layout: Layout) -> zarr.Array[Any]:
+def _checked_array(where: str, node: Any, wanted: Any) -> zarr.Array[Any]:
     if not isinstance(node, zarr.Array):
         raise FormatError(f"{where}: expected an array, found a group; restore its zarr.json, or label again")
-    ends_in = node.compressors[-1] if node.compressors else None
-    names = ("dtype", "shape", "chunk", "last codec")
-    expected = (layout.dtype, layout.shape, layout.chunk, Crc32cCodec())
-    found = (node.dtype, node.shape, node.chunks, ends_in)
-    wrong = [f"{name} {b} (not {a})" for name, a, b in zip(names, expected, found, strict=True) if a != b]
+    found, expected = node.metadata.to_dict(), wanted.metadata.to_dict()
+    names = expected["dimension_names"]
+    if isinstance(names, tuple) and names[0] == "view" and node.shape[0] >= wanted.shape[0]:
+        expected["shape"] = (node.shape[0], *wanted.shape[1:])  # its growth was cut off before the manifest's
+    keys = [key for key in expected | found if found.get(key) != expected.get(key)]
+    wrong = [f"{key} {found.get(key)} (not {expected.get(key)})" for key in keys]
     if wrong:
         raise FormatError(f"{where}: expected what the manifest says, found {', '.join(wrong)}; label again")
     return node
@@ -172,16 +192,7 @@ def _reading(where: str, expected: str, remedy: str) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         raise FormatError(f"{where}: expected {expected}, found: {str(error).rstrip('.')}; {remedy}") from error
-    except OSError as error:
-        raise DataError(f"{where}: expected {expected}, found: {error}; check permissions and the disk") from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
+    except (OSError, BaseError) as error:
         raise DataError(
-            f"{path}: expected to write, found: {error}; make room or check permissions, then run again: "
-            "finished blocks are kept"
+            f"{where}: expected {expected}, found: {first_line(error)}; check permissions and the disk"
         ) from error

@@ -61,7 +61,7 @@ def test_a_store_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     manifest = make_manifest()
     store = create(tmp_path / "labels.zarr", manifest)
     fill(store, [(0, 0), (0, 1), (0, 2), (1, 1)])
-    document = json.loads(shown(store.path, capsys, "--json"))
+    document = json.loads(shown(Path(store.name), capsys, "--json"))
     assert (document["kind"], document["blocks"], document["coverage"]) == ("store", 3, [3, 1])
     assert document["manifest"] == manifest.model_dump(mode="json")
     assert document["bytes"] == store.stored_bytes()
@@ -71,13 +71,13 @@ def test_a_store_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_store_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = create(tmp_path / "labels.zarr", make_manifest())
     fill(store, [(0, 0), (0, 1), (0, 2), (1, 1)])
-    before = contents(store.path)
-    summary = shown(store.path, capsys)
+    before = contents(Path(store.name))
+    summary = shown(Path(store.name), capsys)
     assert "top 3 of 7 classes, 10 images" in summary
     assert "view 0: whole\n" in summary
     assert "view 1: 1 of 3 blocks\n" in summary
     assert "teacher.model resnet10t" in summary
-    assert contents(store.path) == before
+    assert contents(Path(store.name)) == before
 
 
 def test_coverage_of_many_views_is_short() -> None:

@@ -1,7 +1,6 @@
 """Which rows train, in which order, with which labels."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,9 @@ FEW = 3
 class TrainingSet:
     """The rows of a .beton that train, and their labels in a store (None: hard labels alone).
 
-    `rows` int64 [N]; `store_rows` int64, for each row of the .beton its row in the store, -1 where it has none.
+    `rows` int64 [N]; `store_rows` int64, for each row of the .beton its row in the store, -1 where it has none;
+    `template` uint8, for each row of the store its tail template, when the loss wants it; `top_k`: fewer classes than
+    the store keeps.
     """
 
     beton: Beton
@@ -33,6 +34,8 @@ class TrainingSet:
     rows: NDArray[np.int64]
     store: Store | None
     store_rows: NDArray[np.int64]
+    template: NDArray[np.uint8] | None = None
+    top_k: int | None = None
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Rows in the order of an epoch: a function of (seed, epoch, keys), whatever their order in the file."""
@@ -50,21 +53,27 @@ class TrainingSet:
         """The soft labels of the view that this epoch reads, checked and in memory."""
         if self.store is None:
             return None
-        return ViewLabels(self.store.read_view(self.view(epoch)), self.store_rows, self.store.manifest.classes)
+        classes, codes = self.store.manifest.classes, self.store.read_view(self.view(epoch))
+        if self.top_k is not None:
+            codes = codes.top(self.top_k, classes)
+        return ViewLabels(codes, self.template, self.store_rows, classes)
 
 
 @dataclass(frozen=True)
 class ViewLabels:
     codes: Codes
+    template: NDArray[np.uint8] | None
     store_rows: NDArray[np.int64]
     classes: int
 
     def soft(self, rows: NDArray[np.int64], temperature: float, device: torch.device) -> SoftLabels:
         """Soft labels of rows of the .beton at a temperature, decoded on the device."""
-        codes = self.codes[self.store_rows[rows]]
-        parts = (codes.index.astype(np.int64), codes.gap, codes.tail)
-        index, gap, tail = (torch.from_numpy(part).to(device, non_blocking=True) for part in parts)
-        return decode(index, gap, tail, self.classes, temperature)
+        places = self.store_rows[rows]
+        parts = [part.to(device, non_blocking=True) for part in self.codes[places].tensors()]
+        shapes = None
+        if self.template is not None:
+            shapes = torch.from_numpy(self.template[places]).to(device, non_blocking=True)
+        return decode(parts[0], parts[1], parts[2], self.classes, temperature, shapes)
 
 
 def open_training_set(recipe: TrainRecipe) -> TrainingSet:
@@ -79,7 +88,7 @@ def open_training_set(recipe: TrainRecipe) -> TrainingSet:
         assert recipe.views is not None
         training = TrainingSet(beton, recipe.views, np.arange(len(beton)), None, np.full(len(beton), -1))
     else:
-        training = _join(recipe.data, beton, open_store(Path(recipe.data.labels)))
+        training = _with_labels(recipe, beton, open_store(recipe.data.labels))
     if len(training.rows) < recipe.batch_size:
         raise DataError(
             f"{recipe.data.train}: expected at least batch_size = {recipe.batch_size} rows to train on, "
@@ -103,7 +112,20 @@ def _check_classes(recipe: TrainRecipe, beton: Beton) -> None:
         )
 
 
-def _join(recipe: DataRecipe, beton: Beton, store: Store) -> TrainingSet:
+def _with_labels(recipe: TrainRecipe, beton: Beton, store: Store) -> TrainingSet:
+    """The part of a store that the recipe asks for: its rows, its first views, its most probable classes."""
+    manifest, data = store.manifest, recipe.data
+    for name, wanted, found in (("views", data.views, manifest.views.count), ("top_k", data.top_k, manifest.top_k)):
+        if wanted is not None and wanted > found:
+            raise DataError(f"data.{name}: expected at most {found}, as {data.labels} has, found {wanted}; correct it")
+    store_rows = _join(data, beton, store)
+    views = manifest.views.model_copy(update={"count": data.views or manifest.views.count})
+    template = store.read_template() if manifest.template and recipe.loss.tail != "drop" else None
+    return TrainingSet(beton, views, np.flatnonzero(store_rows >= 0), store, store_rows, template, data.top_k)
+
+
+def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
+    """For each row of the .beton its row in the store, -1 where it has none and may go without."""
     if store.manifest.class_list_digest != text_digest(beton.manifest.classes):
         raise DataError(
             f"{recipe.labels}: expected labels of the class list of {beton.path}, found those of another; "
@@ -131,7 +153,7 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> TrainingSet:
             f"images depend on the whole set, found {int(found.sum())}; pack them all, or label these"
         )
     check_probes(beton, store.manifest, str(recipe.labels))
-    return TrainingSet(beton, store.manifest.views, np.flatnonzero(found), store, np.where(found, place, -1))
+    return np.where(found, place, -1)
 
 
 def _few(beton: Beton, rows: NDArray[np.int64]) -> str:

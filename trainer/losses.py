@@ -7,7 +7,8 @@ C - k classes without a stored probability contribute:
 
     drop    nothing: the top k are renormalised (FKD, arXiv 2112.01528, calls this marginal re-norm)
     lump    one class more, the tail as a whole: the divergence of two distributions over k + 1 outcomes
-    spread  the tail mass in equal parts on the C - k classes (marginal smoothing in FKD; TinyViT, arXiv 2207.10666)
+    spread  the tail mass on the C - k classes: along the image's tail template where the labels have one, otherwise in
+            equal parts (marginal smoothing in FKD; TinyViT, arXiv 2207.10666)
 """
 
 from typing import Literal
@@ -94,6 +95,9 @@ def _lumped(log_q: Tensor, top: Tensor, soft: SoftLabels) -> Tensor:
 
 
 def _spread(log_q: Tensor, top: Tensor, soft: SoftLabels) -> Tensor:
+    if soft.tail_share is not None:
+        divergence = _kl(soft.tail_share, log_q)  # of the shares alone: each is still to be multiplied by the tail
+        return torch.xlogy(soft.tail, soft.tail) + soft.tail * divergence
     # sum over the tail = sum over all - sum over the top k: a dense teacher distribution is never built
     each = soft.tail / (log_q.shape[1] - top.shape[1])
     return torch.xlogy(soft.tail, each) - each * (log_q.sum(dim=1) - top.sum(dim=1))

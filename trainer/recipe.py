@@ -13,12 +13,15 @@ Kind = Literal["depthwise", "pointwise"]
 
 
 class DataRecipe(Model):
-    """`labels: null` trains on hard labels alone. `missing_labels: skip` leaves out rows that the store does not hold.
-    `crop_pct` is timm's, for the centre crop of the validation."""
+    """`labels: null` trains on hard labels alone. `views` and `top_k` use the first views and the most probable classes
+    of a store alone; null: all. `missing_labels: skip` leaves out rows that the store does not hold. `crop_pct` is
+    timm's, for the centre crop of the validation."""
 
     train: str
     validation: str
     labels: str | None
+    views: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
     size: int = Field(ge=1)
     workers: int = Field(default=8, ge=1)
     crop_pct: float = Field(default=0.875, gt=0, le=1)
