@@ -1,5 +1,8 @@
 """Teachers: pixels -> logits. A leaf: it imports nothing else of this project."""
 
-from teachers.teacher import Teacher, TeacherError, load_teacher
+from teachers.ensemble import Ensemble
+from teachers.load import load_teacher
+from teachers.published import PUBLISHED
+from teachers.teacher import Teacher, TeacherError
 
-__all__ = ["Teacher", "TeacherError", "load_teacher"]
+__all__ = ["PUBLISHED", "Ensemble", "Teacher", "TeacherError", "load_teacher"]

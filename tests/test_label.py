@@ -28,7 +28,6 @@ from pipeline.label import label
 from pipeline.loader import ViewLoader
 from pipeline.store import open_store
 from pipeline.topk import decode
-from teachers import TeacherError, load_teacher
 
 CPU = torch.device("cpu")
 
@@ -136,7 +135,10 @@ def test_two_processes_make_the_same_store_as_one(inputs: Path, store_path: Path
     ("change", "difference"),
     [
         (("views.seed", "2"), "views.seed: expected 2, found 1"),
-        (("views.count", "4"), "views.count: expected 4, found 3"),
+        (("views.count", "2"), "views.count: expected 2, found 3"),
+        (("template", "{views: 2}"), "template"),
+        (("flip_average", "true"), "flip_average: expected True, found False"),
+        (("precision", "bf16"), "precision: expected 'bf16', found 'float32'"),
         (("top_k", "4"), "top_k: expected 4, found 3"),
         (("batch_size", "8"), "batch_size: expected 8, found 16"),
         (("teachers.0.weight", "2.0"), "teachers"),
@@ -193,9 +195,9 @@ def test_logits_that_are_not_finite_stop_the_run_before_a_block_is_written(input
     weights["fc.bias"][3] = torch.nan
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     changes = ("teachers.0.model", f"local-dir:{folder}"), ("store", str(other_store))
-    with pytest.raises(DataError, match=r"expected finite logits, found NaN .* view 0 of 16 images, such as 0/0.jpg"):
+    with pytest.raises(DataError, match=r"expected finite logits, found NaN .* 16 images, such as view 0 of 0/0.jpg"):
         label(label_recipe(inputs, *changes))
-    assert open_store(other_store).coverage().sum() == 0
+    assert not other_store.exists()
 
 
 def test_a_full_disk_loses_only_the_block_in_flight(
@@ -219,70 +221,3 @@ def test_a_full_disk_loses_only_the_block_in_flight(
     assert 0 < open_store(other_store).coverage().sum() < 9
     assert label(recipe)
     assert files_of(other_store) == files_of(store_path)
-
-
-class TestTeacher:
-    def test_an_unknown_name_gets_near_matches(self) -> None:
-        with pytest.raises(TeacherError, match=r"expected a timm model name, found 'resnet5O'; near: resnet50"):
-            load_teacher("resnet5O", None, 224, 1000)
-
-    def test_weights_from_safetensors_and_pth_are_the_same(self, tmp_path: Path) -> None:
-        model = timm.create_model("resnet10t", num_classes=10)
-        safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
-        torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pth")
-        one, two = (load_teacher("resnet10t", str(tmp_path / f"w.{kind}"), 32, 10) for kind in ("safetensors", "pth"))
-        assert one.weights_digest() == two.weights_digest()
-        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-        assert torch.equal(one(images), two(images))
-        assert not any(parameter.requires_grad for parameter in one.parameters())
-
-    def test_the_digest_depends_on_every_weight(self, tmp_path: Path) -> None:
-        model = timm.create_model("resnet10t", num_classes=10)
-        safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
-        teacher = load_teacher("resnet10t", str(tmp_path / "w.safetensors"), 32, 10)
-        before = teacher.weights_digest()
-        teacher.get_buffer("model.bn1.running_mean")[0] += 1e-6
-        assert teacher.weights_digest() != before
-
-    def test_pickled_code_is_not_run(self, tmp_path: Path) -> None:
-        path = tmp_path / "evil.pth"
-        torch.save({"weight": torch.zeros(1), "run": _Evil(tmp_path / "ran")}, path)
-        with pytest.raises(TeacherError, match=r"expected tensors only"):
-            load_teacher("resnet10t", str(path), 32, 10)
-        assert not (tmp_path / "ran").exists()
-
-    @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x02garbage"])
-    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-    def test_broken_files_are_named(self, tmp_path: Path, content: bytes, suffix: str) -> None:
-        path = tmp_path / f"broken.{suffix}"
-        path.write_bytes(content)
-        with pytest.raises(TeacherError, match=f"broken.{suffix}: expected"):
-            load_teacher("resnet10t", str(path), 32, 10)
-
-    def test_a_missing_file_is_named(self) -> None:
-        with pytest.raises(TeacherError, match=r"none.pth: expected teacher weights, found no file"):
-            load_teacher("resnet10t", "none.pth", 32, 10)
-
-    def test_weights_of_another_model_are_refused(self, tmp_path: Path) -> None:
-        model = timm.create_model("resnet18", num_classes=10)
-        safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
-        with pytest.raises(TeacherError, match=r"expected the weights of this model, found others"):
-            load_teacher("resnet10t", str(tmp_path / "w.safetensors"), 32, 10)
-
-    def test_a_transformer_is_built_for_the_size_of_the_recipe(self, tmp_path: Path) -> None:
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64)
-        safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
-        teacher = load_teacher("vit_tiny_patch16_224", str(tmp_path / "w.safetensors"), 64, 10)
-        assert teacher(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 10)
-
-    def test_a_folder_without_a_model_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(TeacherError, match=r"expected a folder with config.json, found none"):
-            load_teacher(f"local-dir:{tmp_path}", None, 32, 10)
-
-
-class _Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
