@@ -94,7 +94,7 @@ def _render(arguments: argparse.Namespace) -> int:
 
 def _existing(path: str) -> str:
     if "://" not in path and not Path(path).exists():
-        raise DataError(f"{path}: expected a .beton or labels, found nothing there; check the path")
+        raise DataError(f"{path}: expected a .beton, a store or shards, found nothing there; check the path")
     return path
 
 

@@ -77,6 +77,11 @@ class Beton:
         return np.argsort(self.keys)
 
 
+def is_beton(path: str | Path) -> bool:
+    """Whether a path names a packed file, by what stands there or by its suffix; else it is a store or shards."""
+    return str(path).endswith(".beton") or Path(path).is_file()
+
+
 def manifest_path(beton: Path) -> Path:
     return beton.with_suffix(".manifest.json")
 
@@ -176,9 +181,9 @@ def _read_manifest(path: Path) -> PackManifest:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise FormatError(f"{path}: expected a manifest in JSON, found: {error}; {remedy}") from None
+        raise FormatError(f"{path}: expected a manifest of version 1, found: {error}; {remedy}") from None
     if not isinstance(document, dict):
-        raise FormatError(f"{path}: expected a manifest, found a {type(document).__name__}; {remedy}")
+        raise FormatError(f"{path}: expected a manifest of version 1, found: a {type(document).__name__}; {remedy}")
     return parse_sealed(PackManifest, document, str(path), remedy)
 
 

@@ -4,12 +4,14 @@ With a tail template the first T views of a block are one unit: they come from o
 template, which is committed before their codes.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.beton import Beton, open_beton
@@ -23,7 +25,7 @@ from pipeline.recipe_file import dump_recipe, first_difference
 from pipeline.store import Store, create_store, open_store, store_exists
 from pipeline.survey import check_top1, describe_run, describe_teachers, survey
 from pipeline.topk import Codes
-from teachers import Ensemble, TeacherError, load_teacher
+from teachers import Teacher, TeacherError, load_teacher
 
 Unit = tuple[range, int]  # views that are labelled together, and a block
 
@@ -36,7 +38,7 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     Raises DataError when the store, the images or the teachers do not fit the recipe, the teachers fall short of
     `min_top1`, their logits are not finite, or the disk has no room.
     """
-    accelerator = make_accelerator("label", recipe.precision)
+    started, accelerator = time.time(), make_accelerator("label", recipe.precision)
     labeller, manifest = make_labeller(recipe, accelerator)
     wanted = _wanted(recipe, views)
     if accelerator.is_main_process:
@@ -52,6 +54,8 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
         finished = _label_units(labeller, store, share, stop, _Status(progress), writer)
     if finished:
         accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            store.sweep(started)  # launches that run now have begun their files since
     return finished
 
 
@@ -75,9 +79,9 @@ def make_labeller(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labell
             f"{recipe.beton}: expected {recipe.classes} classes, as the recipe says, found {found}; correct one"
         )
     with accelerator.main_process_first():  # one download serves all processes
-        ensemble = _load_teachers(recipe)
-    manifest = _manifest(recipe, beton, ensemble)
-    return Labeller(recipe, beton, ensemble, accelerator.device), manifest
+        teachers = _load_teachers(recipe)
+    manifest = _manifest(recipe, beton, teachers)
+    return Labeller(recipe, beton, teachers, accelerator.device), manifest
 
 
 def open_matching(labeller: Labeller, manifest: StoreManifest) -> Store:
@@ -143,9 +147,9 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
     check_top1(found, recipe.min_top1)
     if store is None:
         probes = make_probes(labeller.beton, recipe.views, labeller.sizes[0])
-        beton = labeller.beton
-        store = create_store(recipe.store, manifest.model_copy(update={"probes": probes}), beton.keys, beton.crc32)
-        open_matching(labeller, manifest)  # another launch may have been faster, with another recipe
+        whole, beton = manifest.model_copy(update={"probes": probes}), labeller.beton
+        create_store(recipe.store, whole, beton.keys, beton.crc32, exist_ok=True)
+        store = open_matching(labeller, manifest)  # another launch may have been faster, with another recipe
     elif grows:
         store.grow(recipe.views.count)
     store.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
@@ -240,30 +244,29 @@ def _rows(store: Store, block: int) -> np.ndarray:
     return np.arange(rows.start, rows.stop)
 
 
-def _load_teachers(recipe: LabelRecipe) -> Ensemble:
+def _load_teachers(recipe: LabelRecipe) -> list[Teacher]:
     try:
-        teachers = [
+        return [
             load_teacher(teacher.model, teacher.library, teacher.checkpoint, teacher.size, recipe.classes)
             for teacher in recipe.teachers
         ]
     except TeacherError as error:
         raise DataError(str(error)) from None
-    return Ensemble(teachers, [teacher.weight for teacher in recipe.teachers], recipe.ensemble, recipe.flip_average)
 
 
-def _manifest(recipe: LabelRecipe, beton: Beton, ensemble: Ensemble) -> StoreManifest:
+def _manifest(recipe: LabelRecipe, beton: Beton, teachers: Sequence[Teacher]) -> StoreManifest:
     records = [
         TeacherRecord(
             model=teacher.name,
             library=teacher.library,
             weights_digest=teacher.weights_digest(),
             size=teacher.size,
-            mean=tuple((teacher.mean / 255).flatten().tolist()),
-            std=tuple((teacher.std / 255).flatten().tolist()),
+            mean=_fractions(teacher.mean),
+            std=_fractions(teacher.std),
             interpolation=teacher.interpolation,
             weight=wanted.weight,
         )
-        for teacher, wanted in zip(ensemble.teachers, recipe.teachers, strict=True)
+        for teacher, wanted in zip(teachers, recipe.teachers, strict=True)
     ]
     shared = ("classes", "top_k", "block_rows", "batch_size", "views", "ensemble", "flip_average", "template")
     device = ("precision", "channels_last", "compile")
@@ -275,3 +278,8 @@ def _manifest(recipe: LabelRecipe, beton: Beton, ensemble: Ensemble) -> StoreMan
         libraries=library_versions(),
         **{name: getattr(recipe, name) for name in shared + device},
     )
+
+
+def _fractions(channels: Tensor) -> tuple[float, float, float]:
+    red, green, blue = (channels / 255).flatten().tolist()
+    return red, green, blue

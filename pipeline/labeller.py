@@ -1,6 +1,6 @@
 """Rows and views -> pixels -> teachers -> codes: what labelling, its estimate and its verification have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.loader import Batch, ViewLoader
 from pipeline.recipe import LabelRecipe
 from pipeline.topk import Codes, Encoded, encode_on_device, encode_template, to_codes
-from teachers import Ensemble
+from teachers import Ensemble, Teacher, TeacherError
 
 FEW = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,12 +42,15 @@ class ViewLabels(NamedTuple):
 class Labeller:
     """The teachers of a recipe on a device, and loaders that render what each of them looks at."""
 
-    def __init__(self, recipe: LabelRecipe, beton: Beton, ensemble: Ensemble, device: torch.device) -> None:
+    def __init__(self, recipe: LabelRecipe, beton: Beton, teachers: Sequence[Teacher], device: torch.device) -> None:
+        ensemble = Ensemble(
+            teachers, [teacher.weight for teacher in recipe.teachers], recipe.ensemble, recipe.flip_average
+        )
         self.recipe, self.beton, self.sizes = recipe, beton, ensemble.sizes
         self._device = device
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        teachers = ensemble.to(device).to(memory_format=layout)
-        self._teachers = torch.compile(teachers) if recipe.compile else teachers
+        ensemble = ensemble.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        self._ensemble = torch.compile(ensemble) if recipe.compile else ensemble
         self._loaders: dict[int, list[ViewLoader]] = {}
 
     def outputs(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Iterator[TeacherOutput]:
@@ -98,8 +101,11 @@ class Labeller:
         first = batches[0]
         images = {size: batch.images.flatten(0, 1) for size, batch in zip(self.sizes, batches, strict=True)}
         half = DTYPES.get(self.recipe.precision)
-        with torch.autocast(self._device.type, half, enabled=half is not None):
-            logits = self._teachers(images).float()
+        try:
+            with torch.autocast(self._device.type, half, enabled=half is not None):
+                logits = self._ensemble(images).float()
+        except TeacherError as error:
+            raise DataError(str(error)) from None
         hard = first.labels[:, None].expand(views.shape)
         if first.mixed:
             hard = torch.where(first.mixed.shares >= 0.5, hard, first.mixed.labels)

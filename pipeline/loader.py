@@ -11,7 +11,7 @@ from pipeline.beton import Beton, kept_threads  # imports ffcv first, and undoes
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -94,7 +94,7 @@ class ViewLoader:
         self._os_cache, self._batches_ahead = os_cache, batches_ahead
         self._loaders: dict[int, Loader] = {}
 
-    def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Iterator[Batch]:
+    def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Generator[Batch, None, None]:
         """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller. With views of shape
         [N, G], G views of each image, which is decoded once for all of them.
 

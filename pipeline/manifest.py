@@ -129,7 +129,7 @@ def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
 def sealed(manifest: Model) -> dict[str, Any]:
     """A manifest as plain data with its digest, which makes a changed character noticed."""
     document = manifest.model_dump(mode="json")
-    return document | {"digest": _document_digest(document)}
+    return document | {"digest": document_digest(document)}
 
 
 def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: str) -> M:
@@ -143,7 +143,7 @@ def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: s
         raise FormatError(
             f"{where}: expected a manifest of version 1, found problems: {'; '.join(problems)}; {remedy}"
         ) from None
-    expected, found = document.get("digest"), _document_digest(content)
+    expected, found = document.get("digest"), document_digest(content)
     if found != expected:
         raise FormatError(
             f"{where}: expected a manifest with digest {expected}, found {found}: it was damaged or edited; {remedy}"
@@ -151,7 +151,7 @@ def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: s
     return manifest
 
 
-def _document_digest(document: dict[str, Any]) -> str:
+def document_digest(document: dict[str, Any]) -> str:
     """BLAKE2b, 8 bytes, in hexadecimal, of the data as JSON with sorted keys, no spaces and nothing but ASCII."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -8,7 +8,7 @@ of objects, room on the disk. Credentials and endpoints of buckets come from the
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +44,10 @@ class Place(Protocol):
 
     def free_bytes(self) -> int | None:
         """Room for more; None when there is no limit that is known."""
+        ...
+
+    def sweep(self, before: float) -> None:
+        """Remove what writers that were killed before a time (seconds since 1970) left unfinished."""
         ...
 
 
@@ -86,6 +90,13 @@ class Folder:
     def free_bytes(self) -> int | None:
         parent = next(folder for folder in self.path.absolute().parents if folder.exists())
         return shutil.disk_usage(parent).free
+
+    def sweep(self, before: float) -> None:
+        beside = self.path.parent.glob(f".{self.path.name}.*.partial")
+        for left in (*beside, *self.path.rglob("*.partial")):
+            with suppress(FileNotFoundError):  # another launch may sweep, too
+                if left.stat().st_mtime < before:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class Bucket:
@@ -131,6 +142,9 @@ class Bucket:
 
     def free_bytes(self) -> int | None:
         return None
+
+    def sweep(self, before: float) -> None:
+        """Nothing: an object appears whole."""
 
 
 def place(location: str | Path) -> Place:

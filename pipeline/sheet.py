@@ -55,6 +55,8 @@ def make_sheet(recipe: LabelRecipe, keys: Sequence[str], views: str, out: Path, 
     if out.suffix.lower() != ".png":
         raise RecipeError(f"--out: expected a name that ends in .png, found {str(out)!r}")
     size = recipe.teachers[0].size if size is None else size
+    if size is None:
+        raise RecipeError("--size: expected pixels, since teachers.0.size is null, found none; give it")
     if size < 1:
         raise RecipeError(f"--size: expected at least 1 pixel, found {size}")
     ranges = view_ranges(views, recipe.views.count)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.beton import Beton, open_beton
+from pipeline.beton import Beton, is_beton, open_beton
 from pipeline.store import Store, open_store
 from pipeline.topk import decode
 
@@ -17,7 +16,7 @@ FIRST = 5  # classes and skipped images that the summary names
 
 def describe(path: str) -> dict[str, Any]:
     """A .beton, or a store at a path or an address, as plain data. Raises DataError and FormatError as opening does."""
-    return _beton(open_beton(path)) if path.endswith(".beton") or Path(path).is_file() else _store(open_store(path))
+    return _beton(open_beton(path)) if is_beton(path) else _store(open_store(path))
 
 
 def summary(document: dict[str, Any]) -> str:

@@ -193,6 +193,10 @@ class Store:
         """Room on its disk; None where there is no limit that is known."""
         return self._group.place.free_bytes()
 
+    def sweep(self, before: float) -> None:
+        """Remove unfinished files of writers that were killed before a time (seconds since 1970)."""
+        self._group.place.sweep(before)
+
     def _read_codes(self, place: tuple[int, slice], where: str, remedy: str) -> Codes:
         index, tail = (self._group.read(name, place, where, remedy) for name in ("topk_index", "tail"))
         has_gaps = self.manifest.top_k > 1
@@ -261,17 +265,22 @@ def store_exists(location: str | Path) -> bool:
 
 
 def create_store(
-    location: str | Path, manifest: StoreManifest, keys: NDArray[np.uint64], crc32: NDArray[np.uint32]
+    location: str | Path,
+    manifest: StoreManifest,
+    keys: NDArray[np.uint64],
+    crc32: NDArray[np.uint32],
+    exist_ok: bool = False,
 ) -> Store:
     """A new store with nothing labelled: whole under its name, or not there.
 
     location: a path, s3://bucket/path or gs://bucket/path; keys uint64 [N] and crc32 uint32 [N] of the packed images,
-    in row order. When another process makes one there at the same time, the first one counts and is opened. Raises
-    DataError when something is there already, or when the disk refuses.
+    in row order. When another process makes one there at the same time, the first one counts and is opened; with
+    `exist_ok` also when it has been there before. Raises DataError when something is there already, or when the disk
+    refuses.
     """
     assert keys.shape == crc32.shape == (manifest.samples,), f"{keys.shape}, {crc32.shape} for {manifest.samples} rows"
     assert (keys.dtype, crc32.dtype) == (np.uint64, np.uint32), f"{keys.dtype}, {crc32.dtype}"
-    if place(location).exists():
+    if not exist_ok and place(location).exists():
         raise DataError(f"{location}: expected a free name for a new store, found one in use; remove it, or open it")
     create_group(place(location), manifest, {"key": keys, "crc32": crc32})
     return open_store(location)

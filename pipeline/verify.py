@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.beton import Beton, open_beton
+from pipeline.beton import Beton, is_beton, open_beton
 from pipeline.errors import FormatError, SoftshardError
 from pipeline.jpeg import decodes
 from pipeline.parallel import in_order
@@ -21,10 +21,10 @@ class Report(NamedTuple):
     problems: list[str]
 
 
-def verify(path: Path) -> Report:
-    """Check a .beton (a file) or a store (a folder). Raises DataError when there is nothing, or nothing readable."""
+def verify(path: str | Path) -> Report:
+    """Check a .beton, or a store at a path or an address. Raises DataError when there is nothing to read."""
     try:
-        return _verify_store(open_store(path)) if path.is_dir() else _verify_beton(open_beton(path))
+        return _verify_beton(open_beton(path)) if is_beton(path) else _verify_store(open_store(path))
     except FormatError as error:  # tables, manifests and keys: without them the rest means nothing
         return Report("the rest was not checked", [str(error)])
 
@@ -53,7 +53,23 @@ def _verify_store(store: Store) -> Report:
     places = list(np.ndindex(store.manifest.views.count, store.blocks))
     found = list(in_order(lambda place: _block_problem(store, *place), places, len(places), "verify", "block"))
     labelled = sum(problem is not None for problem in found)
-    return Report(f"{labelled} of {len(places)} blocks labelled", [problem for problem in found if problem])
+    checked = f"{labelled} of {len(places)} blocks labelled"
+    if store.manifest.template:
+        templates = [_template_problem(store, block) for block in range(store.blocks)]
+        checked += f", {sum(problem is not None for problem in templates)} of {store.blocks} templates"
+        found += templates
+    return Report(checked, [problem for problem in found if problem])
+
+
+def _template_problem(store: Store, block: int) -> str | None:
+    """None: not there yet. Empty: whole."""
+    try:
+        if not store.has_template(block):
+            return None
+        store.read_template(block)
+    except SoftshardError as error:
+        return str(error)
+    return ""
 
 
 def _block_problem(store: Store, view: int, block: int) -> str | None:

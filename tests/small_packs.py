@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.beton import Beton, manifest_path, open_beton, tables_crc32
-from pipeline.manifest import PackManifest
+from pipeline.manifest import PackManifest, document_digest
 from pipeline.pack import pack
 from pipeline.recipe import PackRecipe, SourceRecipe
 
@@ -63,4 +63,5 @@ def edit_manifest(path: Path, **changes) -> None:
     """Change keys of the manifest beside a .beton, and make it fit the tables that are in the file now."""
     fields = json.loads(manifest_path(path).read_text())
     fields["tables_crc32"] = tables_crc32(path, len(fields["keys"]))
-    manifest_path(path).write_text(json.dumps(fields | changes))
+    content = {name: value for name, value in (fields | changes).items() if name != "digest"}
+    manifest_path(path).write_text(json.dumps(content | {"digest": document_digest(content)}))

@@ -189,27 +189,29 @@ def test_tables_that_make_no_sense(row: dict, table: dict, message: str, packed:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "found: version: "),
-        ({"format": "softshard-labels"}, "found: format: "),
-        ({"colour": "red"}, "found: colour: Extra inputs"),
+        ({"version": 2}, "found problems: version: "),
+        ({"format": "softshard-labels"}, "found problems: format: "),
+        ({"colour": "red"}, "found problems: colour: Extra inputs"),
         ({"keys": ["a/0.jpg"]}, "differ in length"),
         ({"crc32": [0]}, "differ in length"),
-        ({"crc32": [0, 1, 2, -3]}, "found: crc32.3: "),
-        ({"crc32": [0, 1, 2, 2**32]}, "found: crc32.3: "),
-        ({"sizes": [1, 2, 3, -4]}, "found: sizes.3: "),
-        ({"keys": [], "crc32": [], "sizes": []}, "found: keys: "),
+        ({"crc32": [0, 1, 2, -3]}, "found problems: crc32.3: "),
+        ({"crc32": [0, 1, 2, 2**32]}, "found problems: crc32.3: "),
+        ({"sizes": [1, 2, 3, -4]}, "found problems: sizes.3: "),
+        ({"keys": [], "crc32": [], "sizes": []}, "found problems: keys: "),
     ],
 )
 def test_wrong_manifests(changes: dict, message: str, packed: Path) -> None:
     edit_manifest(packed, **changes)
-    with pytest.raises(FormatError, match=rf"manifest\.json: expected a manifest of version 1, .*{message}.*; pack"):
+    with pytest.raises(FormatError, match=rf"manifest\.json: expected a manifest of version 1, .*{message}.*; copy it"):
         open_beton(packed)
 
 
 @pytest.mark.parametrize("text", [b"", b'{"format": "softshard-beton",', b"[]", b"\xff\xfe"])
 def test_manifests_that_are_not_json(text: bytes, packed: Path) -> None:
     manifest_path(packed).write_bytes(text)
-    with pytest.raises(FormatError, match=r"manifest\.json: expected a manifest of version 1, found: .*; pack again"):
+    with pytest.raises(
+        FormatError, match=r"manifest\.json: expected a manifest of version 1, found: .*; copy it again, or pack again"
+    ):
         open_beton(packed)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_packs import pack_folder
+from test_store import make_manifest
 
 import pipeline.probes
 from pipeline.beton import Beton
@@ -19,18 +20,8 @@ VIEWS = ViewRecipe(seed=3, count=5)
 
 
 def manifest(beton: Beton, probes: tuple[Probe, ...], **libraries: str) -> StoreManifest:
-    return StoreManifest(
-        samples=len(beton),
-        classes=10,
-        top_k=1,
-        block_rows=8,
-        batch_size=8,
-        class_list_digest="",
-        views=VIEWS,
-        teachers=(),
-        probes=probes,
-        libraries=library_versions() | libraries,
-    )
+    changes = {"views": VIEWS, "probes": probes, "libraries": library_versions() | libraries}
+    return make_manifest(samples=len(beton)).model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")

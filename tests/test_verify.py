@@ -89,7 +89,7 @@ def test_a_damaged_manifest(packed: Path) -> None:
     fields = json.loads(manifest_path(packed).read_text())
     manifest_path(packed).write_text(json.dumps(fields | {"converted": {"png": 0}}))
     [problem] = verify(packed).problems
-    assert "expected a manifest of version 1, found: converted.png: " in problem
+    assert "expected a manifest of version 1, found problems: converted.png: " in problem
 
 
 def test_nothing_to_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_nothing_to_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert main([verb, str(packed.parent / "none.zarr")]) == 2
         error = capsys.readouterr().err
         assert error == (
-            f"error: {packed.parent}/none.zarr: expected a .beton or a store of labels, found nothing there; "
+            f"error: {packed.parent}/none.zarr: expected a .beton, a store or shards, found nothing there; "
             "check the path\n"
         )
 
@@ -138,19 +138,19 @@ def store(tmp_path: Path) -> Store:
 
 
 def chunk(store: Store, name: str, *position: int) -> Path:
-    return store.path.joinpath(name, "c", *map(str, position))
+    return Path(store.name).joinpath(name, "c", *map(str, position))
 
 
 def test_a_whole_store(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(store.path)]) == 0
-    assert capsys.readouterr().out == f"{store.path}: 6 of 6 blocks labelled; whole\n"
+    assert main(["verify", str(Path(store.name))]) == 0
+    assert capsys.readouterr().out == f"{Path(store.name)}: 6 of 6 blocks labelled; whole\n"
 
 
 def test_blocks_without_labels_are_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = create(tmp_path / "labels.zarr", make_manifest())
     fill(store, [(1, 2), (0, 0)])
-    assert main(["verify", str(store.path)]) == 0
-    assert capsys.readouterr().out == f"{store.path}: 2 of 6 blocks labelled; whole\n"
+    assert main(["verify", str(Path(store.name))]) == 0
+    assert capsys.readouterr().out == f"{Path(store.name)}: 2 of 6 blocks labelled; whole\n"
 
 
 def test_every_damaged_block_has_a_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,28 +158,28 @@ def test_every_damaged_block_has_a_line(store: Store, capsys: pytest.CaptureFixt
     chunk(store, "tail", 1, 0).unlink()
     flip(chunk(store, "block_digest", 1, 2), 0)
     flip(chunk(store, "topk_gap", 1, 2, 0), 20)
-    assert main(["verify", str(store.path)]) == 1
+    assert main(["verify", str(Path(store.name))]) == 1
     *problems, last = capsys.readouterr().out.splitlines()
-    places = [problem.partition(": expected ")[0].removeprefix(f"{store.path}: ") for problem in problems]
+    places = [problem.partition(": expected ")[0].removeprefix(f"{Path(store.name)}: ") for problem in problems]
     assert [place[: len("view 0, block 1")] for place in places] == [
         "view 0, block 1",
         "view 1, block 0",
         "view 1, block 2",
     ]
-    assert last == f"{store.path}: 6 of 6 blocks labelled; 3 not whole"
+    assert last == f"{Path(store.name)}: 6 of 6 blocks labelled; 3 not whole"
 
 
 def test_exchanged_blocks_are_found(store: Store) -> None:
     first, second = (chunk(store, "tail", view, 0) for view in (0, 1))
     assert first.read_bytes() != second.read_bytes()
     first.write_bytes(second.read_bytes())
-    [problem] = verify(store.path).problems
+    [problem] = verify(Path(store.name)).problems
     assert "view 0, block 0: expected content with digest" in problem
 
 
 def test_a_damaged_key_column(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     flip(chunk(store, "key", 0), 30)
-    assert main(["verify", str(store.path)]) == 1
+    assert main(["verify", str(Path(store.name))]) == 1
     assert "the rest was not checked; 1 not whole" in capsys.readouterr().out
 
 
@@ -191,11 +191,13 @@ def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
 
 def test_random_damage_of_a_store_is_never_missed(store: Store) -> None:
     rng = np.random.default_rng(0)
-    files = sorted(file for name in ("topk_index", "topk_gap", "tail") for file in (store.path / name).rglob("*/*/*"))
+    files = sorted(
+        file for name in ("topk_index", "topk_gap", "tail") for file in (Path(store.name) / name).rglob("*/*/*")
+    )
     for file in files:
         if file.is_file() and file.name != "zarr.json":
             position = int(rng.integers(file.stat().st_size))
             flip(file, position)
-            assert len(verify(store.path).problems) == 1, f"{file}, byte {position}"
+            assert len(verify(Path(store.name)).problems) == 1, f"{file}, byte {position}"
             flip(file, position)
-    assert verify(store.path).problems == []
+    assert verify(Path(store.name)).problems == []
