@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,12 @@ from small_runs import (
 
 from pipeline.beton import open_beton
 from pipeline.errors import DataError, FormatError
-from pipeline.label import label
+from pipeline.label import estimate, label
 from pipeline.loader import ViewLoader
+from pipeline.relabel import codes_differences
 from pipeline.store import open_store
 from pipeline.topk import decode
+from teachers import load_teacher
 
 CPU = torch.device("cpu")
 
@@ -97,7 +100,7 @@ import os, sys
 from pathlib import Path
 from typing import Any
 import pipeline.zarr_store as zarr_store
-from pipeline.label import label
+from pipeline.label import estimate, label
 from pipeline.recipe import LabelRecipe
 from pipeline.recipe_file import load_recipe
 write, digests = zarr_store.ZarrGroup.write, []
@@ -221,3 +224,148 @@ def test_a_full_disk_loses_only_the_block_in_flight(
     assert 0 < open_store(other_store).coverage().sum() < 9
     assert label(recipe)
     assert files_of(other_store) == files_of(store_path)
+
+
+def reference_logits(inputs: Path, views: int, size: int = 32) -> torch.Tensor:
+    """What the teacher says about each view, [V, N, C]."""
+    recipe, beton = label_recipe(inputs), open_beton(inputs / "train.beton")
+    teacher = load_teacher(f"local-dir:{inputs / 'teacher'}", "timm", None, size, 10)
+    loader = ViewLoader(beton, recipe.views, size, 70, 2, CPU)
+    with torch.inference_mode():
+        return torch.stack(
+            [teacher(batch.images) for view in range(views) for batch in loader.render(np.arange(70), view)]
+        )
+
+
+def test_a_template_is_the_mean_over_the_first_views(inputs: Path, store_path: Path, other_store: Path) -> None:
+    assert label(label_recipe(inputs, ("store", str(other_store)), ("template", "{views: 2}")))
+    store, plain = open_store(other_store), open_store(store_path)
+    logits = reference_logits(inputs, 3)
+    mean = torch.log_softmax(logits[:2].double(), dim=2).mean(dim=0)
+    steps = 2 * (mean.amax(dim=1, keepdim=True) - mean)
+    assert ((torch.from_numpy(store.read_template()).double() - steps).abs() <= 0.5 + 1e-3).all()
+    for view in range(3):  # the codes do not depend on it
+        assert codes_differences(logits[view].double(), store.read_view(view)).max() < 1e-4
+        assert codes_differences(logits[view].double(), plain.read_view(view)).max() < 1e-4
+
+
+def test_views_added_later_are_those_of_a_larger_store(inputs: Path, other_store: Path, tmp_path: Path) -> None:
+    changes = ("template", "{views: 2}"), ("views.count", "5")
+    assert label(label_recipe(inputs, ("store", str(other_store)), changes[0]))
+    before = files_of(other_store)
+    assert label(label_recipe(inputs, ("store", str(other_store)), *changes))
+    assert label(label_recipe(inputs, ("store", str(tmp_path / "at_once.zarr")), *changes))
+    grown, at_once = files_of(other_store), files_of(tmp_path / "at_once.zarr")
+    del grown["zarr.json"], at_once["zarr.json"]  # their probes are of other views
+    assert grown == at_once
+    chunks = {name for name in before if "zarr.json" not in name}
+    assert all(grown[name] == before[name] for name in chunks)
+    assert open_store(other_store).manifest.views.count == 5
+
+
+def test_a_part_of_the_views_is_labelled(inputs: Path, store_path: Path, other_store: Path) -> None:
+    recipe = label_recipe(inputs, ("store", str(other_store)))
+    assert label(recipe, range(1, 2))
+    assert open_store(other_store).coverage().tolist() == [0, 3, 0]
+    assert label(recipe)
+    assert files_of(other_store) == files_of(store_path)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (range(2, 4), "--views: expected numbers from 0 to 2, as views.count says, found 3"),
+        (range(1), "--views: expected all of the views 0-1 that make the tail template or none of them, found 0-0"),
+        (range(1, 3), "found 1-2; go from 0 to 1 at least, or start at 2"),
+    ],
+)
+def test_views_that_do_not_fit_are_refused(inputs: Path, other_store: Path, views: range, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        label(label_recipe(inputs, ("store", str(other_store)), ("template", "{views: 2}")), views)
+    assert not other_store.exists()
+
+
+def test_an_estimate_writes_nothing(inputs: Path, other_store: Path, store_path: Path) -> None:
+    text = estimate(label_recipe(inputs, ("store", str(other_store)), ("template", "{views: 2}")))
+    assert not other_store.exists()
+    teachers, run = text.splitlines()
+    assert teachers.startswith("teachers: top-1 ")
+    assert "on 70 views, mean confidence 0." in teachers
+    assert run.startswith("estimate: 3 views of 70 images, ")
+    assert "bytes a view, template" in run
+
+
+def test_a_teacher_below_min_top1_labels_nothing(inputs: Path, other_store: Path) -> None:
+    recipe = label_recipe(inputs, ("store", str(other_store)), ("min_top1", "99.9"))
+    for stage in (label, estimate):
+        with pytest.raises(DataError, match=r"expected a top-1 of min_top1 = 99.9 % .*, found \d+\.\d % on 70 views"):
+            stage(recipe)
+    assert not other_store.exists()
+
+
+def test_the_status_says_how_often_the_teacher_is_right(inputs: Path, other_store: Path, capsys) -> None:
+    assert label(label_recipe(inputs, ("store", str(other_store))))
+    out, err = capsys.readouterr()
+    right = (reference_logits(inputs, 3).argmax(dim=2) == torch.arange(10).repeat_interleave(7)).double().mean()
+    assert f"view 2, top-1 {100 * right:.1f} %" in err
+    assert "teachers: top-1" in out
+
+
+def test_no_room_is_noticed_before_the_work(inputs: Path, other_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(inputs)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"other.zarr: expected about \d+ MB of free disk .*, found 0 MB; make room"):
+        label(label_recipe(inputs, ("store", str(other_store))))
+    assert open_store(other_store).coverage().sum() == 0
+
+
+def test_several_teachers_each_see_their_own_size(inputs: Path, other_store: Path) -> None:
+    write_teacher(inputs / "teacher3", seed=3)
+    first = f"{{model: 'local-dir:{inputs}/teacher', size: 32, weight: 3}}"
+    teachers = f"[{first}, {{model: 'local-dir:{inputs}/teacher3', size: 48}}]"
+    changes = ("store", str(other_store)), ("teachers", teachers), ("flip_average", "true"), ("views.count", "1")
+    assert label(label_recipe(inputs, *changes, ("top_k", "10")))
+    expected = torch.zeros(70, 10, dtype=torch.double)
+    beton, recipe = open_beton(inputs / "train.beton"), label_recipe(inputs)
+    for name, size, share in (("teacher", 32, 0.75), ("teacher3", 48, 0.25)):
+        teacher = load_teacher(f"local-dir:{inputs / name}", "timm", None, size, 10)
+        [batch] = ViewLoader(beton, recipe.views, size, 70, 2, CPU).render(np.arange(70), 0)
+        with torch.inference_mode():
+            for images in (batch.images, batch.images.flip(-1)):
+                expected += share / 2 * torch.softmax(teacher(images).double(), dim=1)
+    store = open_store(other_store)
+    assert codes_differences(expected.log(), store.read_view(0)).max() < 1e-4
+    assert [(teacher.size, teacher.weight) for teacher in store.manifest.teachers] == [(32, 3.0), (48, 1.0)]
+
+
+def test_the_precision_is_the_recipes(inputs: Path, other_store: Path) -> None:
+    recipe = write_recipe(inputs, "precision", LABEL)
+    words = ("-m", "pipeline", "label", "--config", str(recipe), "--store", str(other_store))
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert (
+        "expected no --mixed_precision, because labels depend on it, found bf16; set `precision: bf16`" in done.stderr
+    )
+    assert label(label_recipe(inputs, ("store", str(other_store)), ("precision", "bf16"), ("views.count", "1")))
+    logits = reference_logits(inputs, 1)[0].double()
+    differences = codes_differences(logits, open_store(other_store).read_view(0))
+    assert 1e-3 < differences.max() < 2
+    assert differences.median() < 0.1
+
+
+def test_compiled_teachers_give_the_same_labels(
+    inputs: Path, other_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    changes = ("store", str(other_store)), ("compile", "true"), ("channels_last", "false"), ("views.count", "1")
+    assert label(label_recipe(inputs, *changes))
+    assert len(compiled) == 1
+    differences = codes_differences(reference_logits(inputs, 1)[0].double(), open_store(other_store).read_view(0))
+    assert differences.max() < 1e-4

@@ -35,9 +35,17 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, SoftLabels]:
     return random_case(draw(st.integers(0, 10**6)), classes, draw(st.integers(1, classes)))
 
 
+def with_shares(soft: SoftLabels, classes: int, seed: int) -> SoftLabels:
+    """The same soft labels, their tail spread unevenly."""
+    shape = torch.randn(len(soft.tail), classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return soft._replace(tail_share=torch.softmax(3 * shape.scatter(1, soft.index, -torch.inf), dim=1))
+
+
 def dense_teacher(soft: SoftLabels, classes: int) -> Tensor:
     others = max(classes - soft.index.shape[1], 1)
     spread = (soft.tail / others)[:, None].repeat(1, classes)
+    if soft.tail_share is not None:
+        spread = soft.tail[:, None] * soft.tail_share
     return spread.scatter(1, soft.index, soft.probability)
 
 
@@ -80,6 +88,21 @@ def value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tupl
 @SETTINGS
 def test_each_policy_is_its_dense_form(policy: TailPolicy, case: tuple[Tensor, SoftLabels], temperature: float) -> None:
     logits, soft = case
+    found = value_and_gradient(lambda x: topk_kl(x, soft, temperature, policy), logits)
+    expected = value_and_gradient(lambda x: REFERENCES[policy](x, soft, temperature), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(case=cases(), temperature=TEMPERATURES, seed=st.integers(0, 10**6))
+@SETTINGS
+def test_each_policy_is_its_dense_form_along_a_template(
+    policy: TailPolicy, case: tuple[Tensor, SoftLabels], temperature: float, seed: int
+) -> None:
+    logits, soft = case
+    if soft.index.shape[1] == logits.shape[1]:
+        return
+    soft = with_shares(soft, logits.shape[1], seed)
     found = value_and_gradient(lambda x: topk_kl(x, soft, temperature, policy), logits)
     expected = value_and_gradient(lambda x: REFERENCES[policy](x, soft, temperature), logits)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

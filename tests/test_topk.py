@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.topk import Codes, SoftLabels, decode, encode, index_dtype
+from pipeline.topk import Codes, SoftLabels, decode, encode, encode_template, index_dtype
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=150)
 HALF_STEP = 1 / 32 + 1e-9
@@ -202,3 +202,86 @@ def test_rows_are_gathered_and_concatenated() -> None:
     assert len(again) == 6
     for name in ("index", "gap", "tail"):
         np.testing.assert_array_equal(getattr(again, name), getattr(codes, name)[order])
+
+
+def dense_along(codes: Codes, template: Tensor, temperature: float) -> Tensor:
+    """The teacher's distribution as codes and template have it, written out for each row, float64."""
+    rows = []
+    for index, gap, tail, shape in zip(codes.index, codes.gap, codes.tail, template.double(), strict=True):
+        logits = -shape / 2
+        top = torch.from_numpy(index.astype(np.int64))
+        others = torch.ones(len(shape), dtype=torch.bool).scatter(0, top, False)
+        mass = (int(tail) - 176) / 16
+        logits[others] += mass - logits[others].logsumexp(0)
+        logits[top] = torch.tensor([0, *np.cumsum(gap, dtype=np.int64)], dtype=torch.float64) / -16
+        rows.append(torch.softmax(logits / temperature, 0))
+    return torch.stack(rows)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 30), st.sampled_from([0.5, 1.0, 2.0, 20.0]), st.data())
+@SETTINGS
+def test_the_tail_lies_along_the_template(seed: int, classes: int, temperature: float, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = encode(3 * torch.randn(4, classes, generator=generator), data.draw(st.integers(1, classes - 1)))
+    template = torch.randint(0, 256, (4, classes), generator=generator, dtype=torch.uint8)
+    soft = decode(*codes.tensors(), classes, temperature, template)
+    expected = dense_along(codes, template, temperature)
+    assert soft.tail_share is not None
+    found = (soft.tail[:, None] * soft.tail_share).scatter(1, soft.index, soft.probability)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(soft.tail_share.sum(dim=1), torch.ones(4))
+
+
+@given(random_codes(), st.sampled_from([0.5, 1.0, 2.0, 20.0]))
+@SETTINGS
+def test_a_flat_template_is_no_template(case: tuple[Codes, int], temperature: float) -> None:
+    codes, classes = case
+    flat = torch.full((len(codes), classes), 9, dtype=torch.uint8)
+    with_template, without = (decode(*codes.tensors(), classes, temperature, template) for template in (flat, None))
+    torch.testing.assert_close(with_template[:3], without[:3], rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 40))
+@SETTINGS
+def test_a_template_is_the_mean_in_half_nats(seed: int, views: int, classes: int) -> None:
+    logits = 20 * torch.randn(3, views, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mean = torch.log_softmax(logits, dim=2).mean(dim=1)
+    below = mean.amax(dim=1, keepdim=True) - mean
+    template = encode_template(logits)
+    assert template.dtype == torch.uint8
+    assert (template.min(dim=1).values == 0).all()
+    assert ((template.double() / 2 - below).abs() <= 0.25 + 1e-9)[below < 127].all()
+    assert (template[below > 127.5] == 255).all()
+
+
+def test_impossible_classes_are_the_lowest_of_a_template() -> None:
+    logits = torch.tensor([[[0.0, -1.0, -torch.inf], [0.0, -1.0, 0.0]]])
+    assert encode_template(logits)[0, 2] == 255
+
+
+@given(logits_and_k(), st.data())
+@SETTINGS
+def test_fewer_classes_are_what_encoding_fewer_gives(case: tuple[Tensor, int], data: st.DataObject) -> None:
+    logits, k = case
+    fewer = data.draw(st.integers(1, k))
+    found, expected = encode(logits, k).top(fewer, logits.shape[1]), encode(logits, fewer)
+    np.testing.assert_array_equal(found.index, expected.index)
+    np.testing.assert_array_equal(found.gap, expected.gap)
+    saturated = (encode(logits, k).gap == 255).any(axis=1) | (expected.tail == 0) | (expected.tail == 255)
+    lost = encode(logits, k).tail  # a tail that saturated loses what it had beyond
+    saturated |= (lost == 255) | ((lost == 0) & (k < logits.shape[1]))
+    off = np.abs(found.tail.astype(int) - expected.tail.astype(int))
+    assert np.all(off[~saturated] <= 1)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 1000, 70_000]), st.data())
+@settings(derandomize=True, deadline=None, max_examples=12)
+def test_many_classes(seed: int, classes: int, data: st.DataObject) -> None:
+    logits = 4 * torch.randn(2, classes, generator=torch.Generator().manual_seed(seed))
+    k = data.draw(st.sampled_from(sorted({1, 2, min(classes, 255), classes})))
+    codes = encode(logits, k)
+    for temperature in (0.5, 1.0, 20.0):
+        for template in (None, encode_template(logits[:, None])) if k < classes else (None,):
+            soft = decode(*codes.tensors(), classes, temperature, template)
+            torch.testing.assert_close(soft.probability.sum(1) + soft.tail, torch.ones(2))
+            assert (soft.probability >= 0).all()
