@@ -99,7 +99,8 @@ def read_ml_dr(folder: Path, images: NDArray[Any], view: int) -> tuple[Tensor, T
     """One batch: index [B, K] and probability [B, K] of one view of some images, a file each."""
     index, probability = [], []
     for number in images.tolist():
-        _, views = torch.load(folder / f"{number}.pth.tar")
+        # ml-dr's pickle protocol needs the full unpickler, which is the faster one too; the files are this script's own
+        _, views = torch.load(folder / f"{number}.pth.tar", weights_only=False)
         p, i = views[view]["prob"]
         index.append(torch.tensor(i))
         probability.append(torch.tensor(p))
@@ -117,3 +118,20 @@ def tar_gz_bytes(folder: Path) -> int:
     with tarfile.open(path, "w:gz", compresslevel=6) as archive:  # gzip's own default
         archive.add(folder, folder.name)
     return path.stat().st_size
+
+
+def layout_bytes(index: NDArray[Any], probability: NDArray[Any], views: int, folder: Path) -> dict[str, float]:
+    """Bytes of a view in each layout, from the top k of pooled views, [rows, K], `views` of them a file."""
+    rows, k = len(index) // views * views, index.shape[1]
+    files = index[:rows].reshape(-1, views, k), probability[:rows].reshape(-1, views, k)
+    write_tinyvit(folder / "values.bin", index, probability)
+    write_ml_dr(folder / "torch", *files)
+    write_ml_dr(folder / "joblib", *files, save=save_joblib)
+    write_joblib_arrays(folder / "arrays", *files)
+    return {
+        "TinyViT": (folder / "values.bin").stat().st_size / len(index),
+        "ml-dr, torch.save": folder_bytes(folder / "torch") / rows,
+        "ml-dr, torch.save, as .tar.gz": tar_gz_bytes(folder / "torch") / rows,
+        "ml-dr, joblib": folder_bytes(folder / "joblib") / rows,
+        "joblib of two arrays": folder_bytes(folder / "arrays") / rows,
+    }

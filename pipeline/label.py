@@ -51,7 +51,7 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     quiet = not accelerator.is_main_process or not share
     bar = tqdm(total=total, desc=f"label {recipe.store}", unit="view", smoothing=0.1, disable=quiet)
     with StopSignal() as stop, bar as progress, ThreadPoolExecutor(1, "write") as writer:
-        finished = _label_units(labeller, store, share, stop, _Status(progress), writer)
+        finished = label_units(labeller, store, share, stop, _Status(progress).update, writer)
     if finished:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -176,12 +176,12 @@ class _Status:
         self._progress.update(len(labels.correct))
 
 
-def _label_units(
+def label_units(
     labeller: Labeller,
     store: Store,
     units: Sequence[Unit],
     stop: StopSignal,
-    status: _Status,
+    update: Callable[[range, ViewLabels], None],
     writer: ThreadPoolExecutor,
 ) -> bool:
     """Label units one after the other, each written while the next one is labelled; False when a stop signal came."""
@@ -190,7 +190,7 @@ def _label_units(
         if not _is_open(store, views, block):
             continue  # another launch was faster
         rows = _rows(store, block)
-        parts = _parts(labeller, rows, views, _makes_template(store, views), stop, status.update)
+        parts = _parts(labeller, rows, views, _makes_template(store, views), stop, update)
         if writing:
             writing.result()
         if parts is None:

@@ -50,7 +50,7 @@ class Labeller:
         self._device = device
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         ensemble = ensemble.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-        self._ensemble = torch.compile(ensemble) if recipe.compile else ensemble
+        self.ensemble = torch.compile(ensemble) if recipe.compile else ensemble
         self._loaders: dict[int, list[ViewLoader]] = {}
 
     def outputs(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Iterator[TeacherOutput]:
@@ -103,7 +103,7 @@ class Labeller:
         half = DTYPES.get(self.recipe.precision)
         try:
             with torch.autocast(self._device.type, half, enabled=half is not None):
-                logits = self._ensemble(images).float()
+                logits = self.ensemble(images).float()
         except TeacherError as error:
             raise DataError(str(error)) from None
         hard = first.labels[:, None].expand(views.shape)

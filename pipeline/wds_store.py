@@ -7,14 +7,16 @@ labels give the same bytes everywhere. The format is described in FORMAT.md.
 """
 
 import hashlib
+import io
 import json
+import math
 import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -85,19 +87,17 @@ def decode_sample(data: bytes, manifest: StoreManifest) -> SampleLabels:
     Codes have index uint16 or uint32 [V, K], gap uint8 [V, K - 1], tail uint8 [V]. Raises FormatError for bytes that
     are not those of a sample with just these sizes, were damaged, or hold an index that is no class.
     """
-    views, k, classes = manifest.views.count, manifest.top_k, manifest.classes
-    u1, index = np.dtype(np.uint8), index_dtype(classes)
-    layout = [(index, (views, k)), (u1, (views, k - 1)), (u1, (views,)), (u1, (classes,) if manifest.template else (0,))]
-    content = _decompressed(data, HEAD.size + sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout))
-    arrays, position = [], HEAD.size
-    for dtype, shape in layout:
-        count = int(np.prod(shape))
-        arrays.append(np.frombuffer(content, dtype, count, position).reshape(shape))
-        position += count * dtype.itemsize
-    codes, template = Codes(*arrays[:3]), arrays[3] if manifest.template else None
-    if codes.index.max() >= classes:
-        raise FormatError(f"soft label: expected classes below {classes}, found {codes.index.max()}; {REMEDY}")
-    return SampleLabels(*HEAD.unpack_from(content), codes, template)
+    layout = _layout(manifest)
+    ends = np.cumsum([HEAD.size, *(dtype.itemsize * math.prod(shape) for dtype, shape in layout)]).tolist()
+    content = _decompressed(data, ends[-1])
+    index, gap, tail, template = (
+        np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+        for (dtype, shape), start in zip(layout, ends[:-1], strict=True)
+    )
+    if index.max() >= manifest.classes:
+        raise FormatError(f"soft label: expected classes below {manifest.classes}, found {index.max()}; {REMEDY}")
+    key, crc32 = HEAD.unpack_from(content)
+    return SampleLabels(key, crc32, Codes(index, gap, tail), template if manifest.template else None)
 
 
 def is_shards(path: str | Path) -> bool:
@@ -134,7 +134,8 @@ def write_shard(path: Path, samples: Iterable[dict[str, bytes]]) -> ShardRecord:
     """Write a tar of some samples, each its members by name; the same samples give the same bytes."""
     digest, count = hashlib.blake2b(digest_size=8), 0
     with path.open("wb") as file:
-        for count, members in enumerate(samples, 1):
+        for members in samples:
+            count += 1
             data = b"".join(_tar_member(name, members[name]) for name in sorted(members))
             file.write(data)
             digest.update(data)
@@ -155,7 +156,8 @@ def read_shard(folder: Path, shard: ShardRecord, manifest: ShardManifest) -> Ite
         found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
         if found != shard.digest:
             raise FormatError(f"{path}: expected a file with digest {shard.digest}, found {found}; {REMEDY}")
-        for count, (name, members) in enumerate(_samples(path, file), 1):
+        for name, members in _samples(path, file):
+            count += 1
             try:
                 yield _checked(name, members, manifest)
             except FormatError as error:
@@ -173,31 +175,45 @@ def shards_bytes(folder: Path, manifest: ShardManifest) -> int:
     return total
 
 
+def _layout(manifest: StoreManifest) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Type and shape of index, gap, tail and template, one after the other in a .soft.bin."""
+    views, k, template = manifest.views.count, manifest.top_k, manifest.classes if manifest.template else 0
+    byte = np.dtype(np.uint8)
+    return [(index_dtype(manifest.classes), (views, k)), (byte, (views, k - 1)), (byte, (views,)), (byte, (template,))]
+
+
 def _checked(name: str, members: dict[str, bytes], manifest: ShardManifest) -> SampleLabels:
     """The labels of a sample whose members are all there, fit each other, and are no more than they should be."""
-    data = members.get(name + LABELS_SUFFIX)
-    if data is None:
-        raise FormatError(f"expected a member {LABELS_SUFFIX}, found {sorted(members)}; {REMEDY}")
-    labels = decode_sample(data, manifest.labels)
-    others = members.keys() - {name + LABELS_SUFFIX, name + CLASS_SUFFIX}
-    if not manifest.images:
-        fits = list(members) == [f"{labels.key:016x}{LABELS_SUFFIX}"]
-    elif fits := len(members) == 3 and len(others) == 1:
-        [image] = others
-        fits = key_digest(image) == labels.key and zlib.crc32(members[image]) == labels.crc32
-    if not fits:
-        what = "the image that they were made from and its class" if manifest.images else "nothing else"
-        raise FormatError(f"expected the labels of key {labels.key:016x} with {what}, found {sorted(members)}; {REMEDY}")
+    found = ", ".join(members)
+    if name + LABELS_SUFFIX not in members:
+        raise FormatError(f"expected a member {name}{LABELS_SUFFIX}, found {found}; {REMEDY}")
+    labels = decode_sample(members[name + LABELS_SUFFIX], manifest.labels)
+    fits = _is_with_image if manifest.images else _is_alone
+    if not fits(labels, name, members):
+        what = "with their image and its class" if manifest.images else "alone, under that name"
+        raise FormatError(f"expected the labels of key {labels.key:016x} {what}, found {found}; {REMEDY}")
     return labels
 
 
-def _samples(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _is_alone(labels: SampleLabels, name: str, members: dict[str, bytes]) -> bool:
+    return name == f"{labels.key:016x}" and len(members) == 1
+
+
+def _is_with_image(labels: SampleLabels, name: str, members: dict[str, bytes]) -> bool:
+    images = members.keys() - {name + LABELS_SUFFIX, name + CLASS_SUFFIX}
+    if (len(images), len(members)) != (1, 3):
+        return False
+    [image] = images
+    return key_digest(image) == labels.key and zlib.crc32(members[image]) == labels.crc32
+
+
+def _samples(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The members of each sample by name, after the sample's name, grouped as WebDataset does it."""
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict") as tar:
             for name, members in groupby(tar, lambda member: _sample_name(member.name)):
-                yield name, {member.name: _content(tar, member) for member in members}
+                yield name, {member.name: _content(file, member) for member in members}
     except (tarfile.TarError, ValueError) as error:
         raise FormatError(f"{path}: expected a tar of labels, found: {error}; {REMEDY}") from None
 
@@ -208,20 +224,19 @@ def _sample_name(member: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    assert tar.fileobj is not None
-    end = member.offset_data + member.size
-    if not member.isreg() or member.issparse() or end > tar.fileobj.seek(0, 2):
+def _content(file: io.BufferedReader, member: tarfile.TarInfo) -> bytes:
+    room = file.seek(0, 2) - member.offset_data
+    if not member.isreg() or member.issparse() or not 0 <= member.size <= room:
         raise ValueError(f"a member {member.name!r} that is no whole file")
-    tar.fileobj.seek(member.offset_data)
-    return tar.fileobj.read(member.size)
+    file.seek(member.offset_data)
+    return file.read(member.size)
 
 
 def _tar_member(name: str, data: bytes) -> bytes:
     """A header with nothing in it but the name and the size, and the data; PAX where a name is long or not ASCII."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
-    return header.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict") + data + bytes(-len(data) % TAR_BLOCK)
+    return header.tobuf(tarfile.PAX_FORMAT, "utf-8") + data + bytes(-len(data) % TAR_BLOCK)
 
 
 def _decompressed(data: bytes, expected: int) -> bytearray:
@@ -234,7 +249,7 @@ def _decompressed(data: bytes, expected: int) -> bytearray:
             f"{REMEDY}, or take the manifest that came with it"
         )
     try:
-        content = bytearray(CODEC.decode(data))
+        content = bytearray(CODEC.decode(data))  # pyright: ignore[reportCallIssue]: its `out` has a default
     except (RuntimeError, ValueError) as error:
         raise FormatError(f"soft label: expected an intact zstd frame, found: {error}; {REMEDY}") from None
     assert len(content) == expected, f"zstd gave {len(content)} bytes where its frame says {expected}"
@@ -252,7 +267,7 @@ def _content_size(data: bytes) -> int | None:
     return None if width == 0 else size + 256 * (width == 2)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
     except FileNotFoundError:

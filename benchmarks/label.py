@@ -1,0 +1,124 @@
+"""What labelling costs beyond its teacher: a labelling run against the bare teacher loop on batches that are ready.
+
+DeiT-B with random weights on views of 224 pixels (crop, flip) from JPEGs of about 500 x 375. The run renders, labels,
+encodes, digests and writes a store; the loop calls the same teacher on uint8 batches in memory. The two take turns; the
+table shows medians of the rounds, and medians of the ratios within a round, for wall and for CPU time of the process.
+`--template` labels 4 views of each image together. `--json PATH` writes the figures.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from accelerate import Accelerator
+from loader import write_photographs
+
+from pipeline.beton import open_beton
+from pipeline.label import label_units, make_labeller, missing_units
+from pipeline.labeller import Labeller
+from pipeline.launch import StopSignal
+from pipeline.loader import ViewLoader
+from pipeline.manifest import StoreManifest
+from pipeline.pack import pack
+from pipeline.recipe import LabelRecipe, PackRecipe, SourceRecipe, TeacherRecipe, TemplateRecipe, ViewRecipe
+from pipeline.store import create_store
+
+MODEL, SIZE, CLASSES, VIEWS = "deit_base_patch16_224", 224, 1000, 4
+GOAL = 1.08
+
+
+def make_recipe(folder: Path, images: int, batch_size: int, template: bool, workers: int) -> LabelRecipe:
+    """Photographs, packed, and a teacher's random weights."""
+    write_photographs(folder / "images", images)
+    names = ["all", *(f"class {number}" for number in range(1, CLASSES))]
+    (folder / "classes.txt").write_text("\n".join(names))
+    source = SourceRecipe(kind="imagefolder", path=str(folder / "images"))
+    pack(PackRecipe(source=source, classes=str(folder / "classes.txt"), output=str(folder / "train.beton")))
+    safetensors.torch.save_file(timm.create_model(MODEL).state_dict(), folder / "teacher.safetensors")
+    return LabelRecipe(
+        beton=str(folder / "train.beton"),
+        store=str(folder / "labels.zarr"),
+        classes=CLASSES,
+        views=ViewRecipe(seed=0, count=VIEWS),
+        teachers=(TeacherRecipe(model=MODEL, checkpoint=str(folder / "teacher.safetensors")),),
+        top_k=10,
+        template=TemplateRecipe(views=VIEWS) if template else None,
+        block_rows=images // 2,
+        batch_size=batch_size,
+        workers=workers,
+    )
+
+
+def run(labeller: Labeller, manifest: StoreManifest) -> None:
+    """Label everything into a new store."""
+    beton, location = labeller.beton, Path(labeller.recipe.store)
+    shutil.rmtree(location, ignore_errors=True)
+    store = create_store(location, manifest, beton.keys, beton.crc32)
+    with StopSignal() as stop, ThreadPoolExecutor(1) as writer:
+        units = missing_units(store, range(VIEWS))
+        assert label_units(labeller, store, units, stop, lambda views, labels: None, writer)
+
+
+def ready_batches(recipe: LabelRecipe) -> list[torch.Tensor]:
+    beton = open_beton(recipe.beton)
+    loader = ViewLoader(beton, recipe.views, SIZE, recipe.batch_size, recipe.workers, torch.device("cpu"))
+    rows = np.arange(len(beton))
+    return [batch.images.clone() for view in range(VIEWS) for batch in loader.render(rows, view)]
+
+
+@torch.inference_mode()
+def loop(labeller: Labeller, batches: list[torch.Tensor]) -> None:
+    for images in batches:
+        labeller.ensemble({SIZE: images})
+
+
+def measure(side: Callable[[], None]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    side()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the teacher")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--template", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        recipe = make_recipe(Path(name), options.images, options.batch, options.template, options.workers)
+        labeller, manifest = make_labeller(recipe, Accelerator(cpu=True))
+        batches = ready_batches(recipe)
+        sides = {"label": lambda: run(labeller, manifest), "bare teacher": lambda: loop(labeller, batches)}
+        for side in sides.values():
+            side()
+        rounds = [{name: measure(side) for name, side in sides.items()} for _ in range(options.rounds)]
+    results: dict[str, float] = {}
+    for index, clock in enumerate(("wall", "cpu")):
+        for name in sides:
+            seconds = statistics.median(figures[name][index] for figures in rounds)
+            results[f"{name}, ms a view ({clock})"] = 1000 * seconds / (options.images * VIEWS)
+        ratios = [figures["label"][index] / figures["bare teacher"][index] for figures in rounds]
+        results[f"ratio ({clock}), goal {GOAL} or less"] = statistics.median(ratios)
+    for name, value in results.items():
+        print(f"{name:34} {value:10.3f}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
