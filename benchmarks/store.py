@@ -53,9 +53,9 @@ def synthetic_logits() -> Tensor:
     """Images with a few classes that stand out and views that wander, about as unsure as a teacher out of domain."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(256, 1, 1000, generator=generator)
-    images += 3.6 * torch.rand(images.shape, generator=generator).pow(60)
-    views = 0.6 * torch.randn(256, 16, 1000, generator=generator)
-    return ((images + views) * 1.3).half().float()
+    images += 6.5 * torch.rand(images.shape, generator=generator).pow(200)
+    views = 0.5 * torch.randn(256, 16, 1000, generator=generator)
+    return ((images + views) * 1.25).half().float()
 
 
 def manifest(samples: int, classes: int, k: int, block_rows: int, template: bool = False) -> StoreManifest:

@@ -248,11 +248,11 @@ def _decompressed(data: bytes, expected: int) -> bytearray:
             f"soft label: expected a zstd frame of {expected} bytes with a checksum, found {size}; "
             f"{REMEDY}, or take the manifest that came with it"
         )
+    content = bytearray(expected)  # also bounds what frames behind this one, of any size, can make it allocate
     try:
-        content = bytearray(CODEC.decode(data))  # pyright: ignore[reportCallIssue]: its `out` has a default
+        CODEC.decode(data, content)
     except (RuntimeError, ValueError) as error:
         raise FormatError(f"soft label: expected an intact zstd frame, found: {error}; {REMEDY}") from None
-    assert len(content) == expected, f"zstd gave {len(content)} bytes where its frame says {expected}"
     return content
 
 
