@@ -159,6 +159,16 @@ def tables_crc32(path: Path, count: int) -> int:
         return zlib.crc32(file.read(), crc)
 
 
+def padding(beton: Beton) -> Iterator[slice]:
+    """Where a packed file holds nothing, which is zeros: from the rows to the first page, and at the ends of pages."""
+    order, count = np.argsort(beton.offsets), len(beton)
+    ends = beton.offsets[order] + beton.lengths[order]
+    starts = np.append(beton.offsets[order], beton.manifest.beton_bytes - count * ALLOC_TABLE_TYPE.itemsize)
+    for end, start in zip([_TABLE_START + count * ROW_TYPE.itemsize, *ends.tolist()], starts.tolist(), strict=True):
+        if end < start:
+            yield slice(end, start)
+
+
 def _header(count: int, page: int, table_position: int) -> bytes:
     header, fields = np.zeros((), HeaderType), np.zeros(len(FIELDS), FieldDescType)
     header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(FIELDS), page

@@ -48,7 +48,10 @@ class Codes:
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> "Codes":
         """The codes of some rows, in the order asked for."""
-        return Codes(self.index[rows], self.gap[rows], self.tail[rows])
+        if isinstance(rows, slice):
+            return Codes(self.index[rows], self.gap[rows], self.tail[rows])
+        # take: a third of the time of indexing
+        return Codes(*(np.take(array, rows, axis=0) for array in (self.index, self.gap, self.tail)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """index as int64, gap and tail, as `decode` takes them."""

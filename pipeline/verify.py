@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.beton import Beton, is_beton, open_beton
+from pipeline.beton import Beton, is_beton, open_beton, padding
 from pipeline.errors import FormatError, SoftshardError
 from pipeline.jpeg import decodes
 from pipeline.parallel import in_order
@@ -33,7 +33,18 @@ def _verify_beton(beton: Beton) -> Report:
     with beton.path.open("rb") as file:
         found = in_order(lambda row: _image_problem(beton, file, row), range(len(beton)), len(beton), "verify", "img")
         problems = [problem for problem in found if problem]
+        problems += [problem for place in padding(beton) if (problem := _padding_problem(beton, file, place))]
     return Report(f"{len(beton)} images", problems)
+
+
+def _padding_problem(beton: Beton, file: BinaryIO, place: slice) -> str | None:
+    where = f"{beton.path}: bytes {place.start} to {place.stop}, where no image is"
+    try:
+        if any(os.pread(file.fileno(), place.stop - place.start, place.start)):
+            return f"{where}: expected zeros, found others; copy the file again"
+    except OSError as error:
+        return f"{where}: expected to read them, found: {error.strerror}; copy the file again"
+    return None
 
 
 def _image_problem(beton: Beton, file: BinaryIO, row: int) -> str | None:
