@@ -2,26 +2,32 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.beton import Beton, is_beton, open_beton
+from pipeline.convert import describe_shards
 from pipeline.store import Store, open_store
 from pipeline.topk import decode
+from pipeline.wds_store import is_shards
 
 FIRST = 5  # classes and skipped images that the summary names
 
 
 def describe(path: str) -> dict[str, Any]:
-    """A .beton, or a store at a path or an address, as plain data. Raises DataError and FormatError as opening does."""
+    """A .beton, shards, or a store at a path or an address, as plain data. Raises DataError and FormatError as opening
+    them does."""
+    if is_shards(path):
+        return describe_shards(Path(path))
     return _beton(open_beton(path)) if is_beton(path) else _store(open_store(path))
 
 
 def summary(document: dict[str, Any]) -> str:
     """The document for people: `name  value` lines."""
-    lines = _beton_lines(document) if document["kind"] == "beton" else _store_lines(document)
+    lines = {"beton": _beton_lines, "store": _store_lines, "shards": _shard_lines}[document["kind"]](document)
     return "\n".join(f"{name:12} {value}" for name, value in lines)
 
 
@@ -89,6 +95,15 @@ def _beton_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _shard_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
+    contents = "labels, images and hard labels" if document["images"] else "labels alone"
+    return [
+        ("shards", document["path"]),
+        ("contents", f"{contents}; {len(document['shards'])} tars, {_megabytes(document['bytes'])}"),
+        *_manifest_lines(document["manifest"]),
+    ]
+
+
 def _store_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
     manifest, blocks = document["manifest"], document["blocks"]
     stored, template = dict(document["bytes"]), []
@@ -101,11 +116,17 @@ def _store_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
     size = f"{_megabytes(sum(stored.values()))}, {document['bytes_per_view']:.2f} bytes for each image and view"
     return [
         ("store", document["path"]),
-        ("labels", f"top {manifest['top_k']} of {manifest['classes']} classes, {manifest['samples']} images"),
         ("codes", size),
         *template,
         *[("coverage", line) for line in _coverage(document["coverage"], blocks)],
         *_view_lines(document["views"]),
+        *_manifest_lines(manifest),
+    ]
+
+
+def _manifest_lines(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("labels", f"top {manifest['top_k']} of {manifest['classes']} classes, {manifest['samples']} images"),
         *_leaves("views", manifest["views"]),
         *_leaves("template", manifest["template"]),
         *[(name, str(manifest[name])) for name in ("ensemble", "flip_average", "precision")],

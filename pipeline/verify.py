@@ -8,10 +8,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pipeline.beton import Beton, is_beton, open_beton, padding
+from pipeline.convert import verify_shards
 from pipeline.errors import FormatError, SoftshardError
 from pipeline.jpeg import decodes
 from pipeline.parallel import in_order
 from pipeline.store import Store, open_store
+from pipeline.wds_store import is_shards
 
 
 class Report(NamedTuple):
@@ -22,7 +24,9 @@ class Report(NamedTuple):
 
 
 def verify(path: str | Path) -> Report:
-    """Check a .beton, or a store at a path or an address. Raises DataError when there is nothing to read."""
+    """Check a .beton, shards, or a store at a path or an address. Raises DataError when there is nothing to read."""
+    if is_shards(path):
+        return Report("shards", verify_shards(Path(path)))
     try:
         return _verify_beton(open_beton(path)) if is_beton(path) else _verify_store(open_store(path))
     except FormatError as error:  # tables, manifests and keys: without them the rest means nothing

@@ -11,6 +11,8 @@ MAY_IMPORT = {"teachers": set(), "pipeline": {"teachers"}, "trainer": {"pipeline
 HOMES = {
     "ffcv": {"pipeline/beton.py", "pipeline/loader.py"},
     "zarr": {"pipeline/zarr_store.py"},
+    "obstore": {"pipeline/places.py", "pipeline/zarr_store.py"},
+    "numcodecs": {"pipeline/wds_store.py"},
     "pyarrow": {"pipeline/parquet.py"},
 }
 # what a student's machine needs of the pipeline: its contracts, never the stages that make them
