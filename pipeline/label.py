@@ -55,7 +55,7 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     if finished:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            store.sweep(started)  # launches that run now have begun their files since
+            store.place.sweep(started)  # launches that run now have begun their files since
     return finished
 
 
@@ -152,9 +152,9 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
         store = open_matching(labeller, manifest)  # another launch may have been faster, with another recipe
     elif grows:
         store.grow(recipe.views.count)
-    store.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
+    store.place.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
     left = sum(len(unit) * len(_rows(store, block)) for unit, block in missing_units(store, views))
-    needed, free = found.stored_bytes(manifest, -(-left // manifest.samples)), store.free_bytes()
+    needed, free = found.stored_bytes(manifest, -(-left // manifest.samples)), store.place.free_bytes()
     if free is not None and needed > free:
         raise DataError(
             f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labelled yet, found "

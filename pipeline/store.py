@@ -24,11 +24,12 @@ CODE_ARRAYS = ("topk_index", "topk_gap", "tail")
 
 
 class Store:
-    """An open store. `keys` uint64 [N] and `crc32` uint32 [N] say which image each row labels."""
+    """An open store. `name` is its path or address; `keys` uint64 [N] and `crc32` uint32 [N] say which image each row
+    labels."""
 
     def __init__(self, group: ZarrGroup, manifest: StoreManifest):
         self._group = group
-        self.name = group.place.name
+        self.place, self.name = group.place, group.place.name
         self.manifest = manifest
         self.keys: NDArray[np.uint64] = group.read_column("key")
         self.crc32: NDArray[np.uint32] = group.read_column("crc32")
@@ -184,18 +185,6 @@ class Store:
         labelled = np.count_nonzero(self.digests(), axis=0) @ [part.stop - part.start for part in rows]
         stored = self.stored_bytes()
         return sum(stored[name] for name in CODE_ARRAYS) / max(1, int(labelled))
-
-    def write_beside(self, suffix: str, data: bytes) -> None:
-        """Write a file next to the store: labels.zarr -> labels<suffix>."""
-        self._group.place.write_beside(suffix, data)
-
-    def free_bytes(self) -> int | None:
-        """Room on its disk; None where there is no limit that is known."""
-        return self._group.place.free_bytes()
-
-    def sweep(self, before: float) -> None:
-        """Remove unfinished files of writers that were killed before a time (seconds since 1970)."""
-        self._group.place.sweep(before)
 
     def _read_codes(self, place: tuple[int, slice], where: str, remedy: str) -> Codes:
         index, tail = (self._group.read(name, place, where, remedy) for name in ("topk_index", "tail"))

@@ -185,6 +185,21 @@ def test_stock_webdataset_reads_images_beside_their_labels(with_images: tuple[Pa
         assert topk_kl(torch.zeros(manifest.views.count, manifest.classes), soft, 1.0, "spread").isfinite()
 
 
+def test_the_readmes_example_trains(with_images: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    [example] = [
+        block for block in readme.split("```") if block.startswith("python\n") and "import webdataset" in block
+    ]
+    assert len([line for line in example.splitlines()[1:] if line]) <= 20
+    monkeypatch.chdir(with_images[0].parent)
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of webdataset
+        exec(example.removeprefix("python\n").replace("224, 224", "32, 32"), names)
+        gc.collect()
+    assert names["logits"].isfinite().all()
+
+
 def test_shards_with_images_can_be_packed(with_images: tuple[Path, Store], photos: Beton, tmp_path: Path) -> None:
     again = pack_from("webdataset", with_images[0], tmp_path / "again.beton")
     assert rows_of(again) == rows_of(photos)

@@ -12,6 +12,7 @@ import zarr
 from pipeline.store import open_store
 from pipeline.topk import decode
 from pipeline.verify import verify
+from pipeline.wds_store import open_shards, read_shard
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "labels.json").read_text())
@@ -36,6 +37,20 @@ def test_the_golden_labels_decode_as_they_did(name: str) -> None:
     soft = decode(*store.read_view(1).tensors(), store.manifest.classes, 2.0, template)
     found = torch.cat([soft.probability, soft.tail[:, None]], dim=1)
     torch.testing.assert_close(found, torch.tensor(EXPECTED[name]), rtol=1e-5, atol=1e-7)
+
+
+def test_the_golden_shards_hold_the_same_labels() -> None:
+    manifest, row = open_shards(GOLDEN / "shards"), 0
+    for shard in manifest.shards:
+        for sample in read_shard(GOLDEN / "shards", shard, manifest):
+            assert (f"{sample.key:016x}", sample.crc32) == (EXPECTED["keys"][row], EXPECTED["crc32"][row])
+            assert sample.template is not None
+            assert sample.template.tolist() == EXPECTED["template"][row]
+            assert sample.codes.index.tolist() == [view["index"][row] for view in EXPECTED["views"]]
+            assert sample.codes.gap.tolist() == [view["gap"][row] for view in EXPECTED["views"]]
+            assert sample.codes.tail.tolist() == [view["tail"][row] for view in EXPECTED["views"]]
+            row += 1
+    assert row == 6
 
 
 def test_other_programs_read_the_golden_store() -> None:

@@ -13,6 +13,7 @@ HOMES = {
     "zarr": {"pipeline/zarr_store.py"},
     "obstore": {"pipeline/places.py", "pipeline/zarr_store.py"},
     "numcodecs": {"pipeline/wds_store.py"},
+    "webdataset": set(),  # stock webdataset reads the shards; nothing here needs it
     "pyarrow": {"pipeline/parquet.py"},
 }
 # what a student's machine needs of the pipeline: its contracts, never the stages that make them

@@ -113,9 +113,9 @@ def test_unfinished_files_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     for file in old:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"left")
-    store.sweep(0.0)
+    store.place.sweep(0.0)
     assert all(file.exists() for file in old)
-    store.sweep(old[1].stat().st_mtime + 10)
+    store.place.sweep(old[1].stat().st_mtime + 10)
     assert not any(file.exists() for file in old)
     assert not (tmp_path / ".labels.zarr.77.partial").exists()
 
