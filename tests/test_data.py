@@ -1,0 +1,62 @@
+"""A store may be used in part: its first views, its most probable classes, its template where the loss wants it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import label_recipe, make_inputs, train_recipe
+
+from pipeline.errors import DataError
+from pipeline.label import label
+from pipeline.store import open_store
+from pipeline.topk import decode
+from trainer.data import open_training_set
+from trainer.train import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("data"))
+    assert label(label_recipe(folder, ("template", "{views: 2}")))
+    return folder
+
+
+def test_the_first_views_alone(inputs: Path) -> None:
+    training = open_training_set(train_recipe(inputs, ("data.views", "2")))
+    whole = open_training_set(train_recipe(inputs))
+    assert [training.view(epoch) for epoch in range(5)] == [0, 1, 0, 1, 0]
+    assert [whole.view(epoch) for epoch in range(5)] == [0, 1, 2, 0, 1]
+
+
+def test_fewer_classes(inputs: Path) -> None:
+    labels = open_training_set(train_recipe(inputs, ("data.top_k", "2"), ("loss.tail", "drop"))).labels(1)
+    assert labels is not None
+    expected = open_store(inputs / "labels.zarr").read_view(1).top(2, 10)
+    np.testing.assert_array_equal(labels.codes.index, expected.index)
+    assert labels.soft(np.array([3, 1]), 2.0, CPU).probability.shape == (2, 2)
+    assert labels.template is None
+
+
+@pytest.mark.parametrize("tail", ["spread", "lump"])
+def test_soft_labels_lie_along_the_template(inputs: Path, tail: str) -> None:
+    labels = open_training_set(train_recipe(inputs, ("loss.tail", tail))).labels(2)
+    store = open_store(inputs / "labels.zarr")
+    assert labels is not None
+    rows = np.array([60, 3, 17])
+    found = labels.soft(rows, 2.0, CPU)
+    expected = decode(*store.read_rows(2, rows).tensors(), 10, 2.0, torch.from_numpy(store.read_template()[rows]))
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("key", "value", "has"), [("views", "4", 3), ("top_k", "4", 3)])
+def test_more_than_the_store_has(inputs: Path, key: str, value: str, has: int) -> None:
+    with pytest.raises(DataError, match=rf"data.{key}: expected at most {has}, as .*labels.zarr has, found {value}"):
+        open_training_set(train_recipe(inputs, (f"data.{key}", value)))
+
+
+def test_a_student_trains_along_the_template(inputs: Path) -> None:
+    assert train(train_recipe(inputs, ("schedule.epochs", "2"), ("data.top_k", "2"), ("data.views", "2")))
+    assert (inputs / "run" / "model.safetensors").exists()
