@@ -143,7 +143,7 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
     if store and not grows and not missing_units(store, views):
         return
     found = survey(labeller, manifest)
-    print(describe_teachers(found, manifest), describe_run(found, manifest, len(views), processes), sep="\n")
+    print(describe_teachers(found, manifest))
     check_top1(found, recipe.min_top1)
     if store is None:
         probes = make_probes(labeller.beton, recipe.views, labeller.sizes[0])
@@ -154,7 +154,9 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
         store.grow(recipe.views.count)
     store.place.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
     left = sum(len(unit) * len(_rows(store, block)) for unit, block in missing_units(store, views))
-    needed, free = found.stored_bytes(manifest, -(-left // manifest.samples)), store.place.free_bytes()
+    views_left = -(-left // manifest.samples)
+    print(describe_run(found, manifest, views_left, processes))
+    needed, free = found.stored_bytes(manifest, views_left), store.place.free_bytes()
     if free is not None and needed > free:
         raise DataError(
             f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labelled yet, found "
