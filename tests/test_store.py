@@ -370,7 +370,7 @@ def test_metadata_with_any_changed_byte_is_noticed_or_means_the_same(path: Path)
     opened = 0
     for file in sorted(path.rglob("zarr.json")):
         good = file.read_bytes()
-        for position in range(0, len(good), 7 if file.parent == path else 3):
+        for position in range(0, len(good), 23 if file.parent == path else 11):
             file.write_bytes(good[:position] + bytes([good[position] ^ (1 << position % 8)]) + good[position + 1 :])
             with suppress(FormatError, DataError):
                 store = open_store(path)  # as after a flip in the name of a key whose value is the default
@@ -378,7 +378,7 @@ def test_metadata_with_any_changed_byte_is_noticed_or_means_the_same(path: Path)
                 read_all(path)
                 opened += 1
         file.write_bytes(good)
-    assert opened < 60, "most flips must be noticed"
+    assert opened < 20, "most flips must be noticed"
 
 
 def damaged_bytes(data: bytes) -> list[bytes]:
