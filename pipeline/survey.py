@@ -4,9 +4,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.labeller import Labeller
+from pipeline.labeller import Labeller, ViewLabels
 from pipeline.manifest import StoreManifest
 from pipeline.topk import Codes, decode
 from pipeline.zarr_store import compressed_bytes
@@ -42,10 +43,11 @@ def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
     total, recipe = len(labeller.beton), labeller.recipe
     count = min(IMAGES, total)
     rows, views = np.arange(count) * total // count, np.arange(count)[:, None] % recipe.views.count
-    parts, clock = [], [time.perf_counter()]
-    for part in labeller.labels(rows, views, recipe.template is not None):
-        parts.append(part)
-        clock.append(time.perf_counter())
+    warm = min(recipe.batch_size, count // 2)  # the first batch waits for the decoder, and for what a device prepares
+    parts = _labels(labeller, rows[:warm], views[:warm])
+    started = time.perf_counter()
+    parts += _labels(labeller, rows[warm:], views[warm:])
+    seconds = (time.perf_counter() - started) / (count - warm)
     codes = Codes.concatenate([part.codes for part in parts])
     soft = decode(*codes.tensors(), recipe.classes, 1.0)
     arrays = {"topk_index": codes.index[None], "topk_gap": codes.gap[None], "tail": codes.tail[None]}
@@ -56,8 +58,6 @@ def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
     one_block = {"samples": count, "block_rows": count, "views": recipe.views.model_copy(update={"count": 1})}
     stored = compressed_bytes(manifest.model_copy(update=one_block), arrays)
     template_bytes = stored.pop("tail_template", 0) / count
-    # the first batch waits for the decoder, and for what a device prepares
-    warm = len(parts[0].correct) if len(parts) > 1 else 0
     return Survey(
         images=count,
         top1=100 * float(np.concatenate([part.correct for part in parts]).mean()),
@@ -65,8 +65,12 @@ def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
         tail=float(soft.tail.mean()),
         bytes_per_view=sum(stored.values()) / count,
         template_bytes=template_bytes,
-        seconds=(clock[-1] - clock[1 if warm else 0]) / (count - warm),
+        seconds=seconds,
     )
+
+
+def _labels(labeller: Labeller, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[ViewLabels]:
+    return list(labeller.labels(rows, views, labeller.recipe.template is not None)) if len(rows) else []
 
 
 def check_top1(found: Survey, minimum: float | None) -> None:
