@@ -119,6 +119,8 @@ class Bucket:
         return True
 
     def create(self, files: Mapping[str, bytes]) -> bool:
+        if self.exists():
+            return False
         with writing(self.name):
             for name, data in files.items():
                 if name != ROOT:

@@ -114,7 +114,7 @@ class ZarrGroup:
             for name, layout in layouts(manifest).items():
                 if self._arrays[name].shape < layout.shape:
                     self._arrays[name].resize(layout.shape)
-            self._group.attrs.put({ATTRIBUTE: sealed(manifest)})
+            self._group.attrs[ATTRIBUTE] = sealed(manifest)
 
     def chunk_file(self, name: str, *position: int) -> str:
         return "/".join([self.place.name, name, "c", *map(str, position)])
