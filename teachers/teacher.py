@@ -25,7 +25,8 @@ class Preprocessing(NamedTuple):
 class Teacher(nn.Module):
     """Frozen, and always in eval mode. forward: uint8 [B, 3, size, size] -> logits float32 [B, classes].
 
-    Raises TeacherError in forward when the model gives anything but floating-point [B, classes].
+    Raises TeacherError in forward when the model has another input size, or gives anything but floating-point
+    [B, classes].
     """
 
     mean: Tensor
@@ -45,7 +46,13 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model((images.to(self.mean.dtype) - self.mean) / self.std)
+        try:
+            logits = self.model((images.to(self.mean.dtype) - self.mean) / self.std)
+        except AssertionError as error:  # timm's, about the input size
+            raise TeacherError(
+                f"teacher {self.name}: expected a model for {self.size} x {self.size} pixels, found: {error}; "
+                "set `size` to the one it was made for, or to null"
+            ) from None
         wanted = (len(images), self.classes)
         if not (isinstance(logits, Tensor) and logits.is_floating_point() and logits.shape == wanted):
             found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

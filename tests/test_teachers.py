@@ -531,3 +531,11 @@ class _Evil:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def test_an_exported_transformer_of_another_size_is_named(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    teacher = load_teacher(f"local-dir:{tmp_path}", "timm", None, 32, 10)
+    with pytest.raises(TeacherError, match=r"expected a model for 32 x 32 pixels, found: .*; set `size`"):
+        teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
