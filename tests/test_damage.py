@@ -14,7 +14,7 @@ from pipeline.label import label
 from pipeline.store import open_store
 from pipeline.verify import verify
 
-SEED, TIMES = 5, 10
+SEED, TIMES = 5, 5
 
 
 @pytest.fixture(scope="module")
