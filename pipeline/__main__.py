@@ -37,15 +37,15 @@ def _label(arguments: argparse.Namespace) -> int:
         return 0
     whole = label(recipe, arguments.views)
     store = open_store(recipe.store)
-    count = store.manifest.views.count
-    labelled, blocks = int(store.coverage().sum()), count * store.blocks
+    digests, count = store.digests(), store.manifest.views.count
+    labelled, blocks = int((digests != 0).sum()), digests.size
     if not whole:
         print(
             f"{recipe.store}: stopped with {labelled} of {blocks} blocks labelled; run the same command again to go on"
         )
         return INTERRUPTED_STATUS
     part = "" if labelled == blocks else f"{labelled} of {blocks} blocks of "
-    size = f"{store.bytes_per_view():.2f} bytes a view"
+    size = f"{store.bytes_per_view(digests):.2f} bytes a view"
     print(f"{recipe.store}: {part}{count} views of {store.manifest.samples} images, {size}")
     return 0
 

@@ -41,12 +41,10 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     started, accelerator = time.time(), make_accelerator("label", recipe.precision)
     labeller, manifest = make_labeller(recipe, accelerator)
     wanted = _wanted(recipe, views)
-    if accelerator.is_main_process:
-        _prepare(labeller, manifest, wanted, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    main, processes = accelerator.is_main_process, accelerator.num_processes
+    [units] = broadcast_object_list([_prepare(labeller, manifest, wanted, processes) if main else None])
     store = open_store(recipe.store)
-    [units] = broadcast_object_list([missing_units(store, wanted)])
-    share = units[accelerator.process_index :: accelerator.num_processes]
+    share = units[accelerator.process_index :: processes]
     total = sum(len(views) * len(_rows(store, block)) for views, block in share)
     quiet = not accelerator.is_main_process or not share
     bar = tqdm(total=total, desc=f"label {recipe.store}", unit="view", smoothing=0.1, disable=quiet)
@@ -135,13 +133,15 @@ def _wanted(recipe: LabelRecipe, views: range | None) -> range:
     return views
 
 
-def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processes: int) -> None:
-    """Make the store, or make room for more views in it, once the teachers have shown what they do."""
+def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processes: int) -> list[Unit]:
+    """Make the store, or make room for more views in it, once the teachers have shown what they do; returns what is to
+    be labelled."""
     recipe = labeller.recipe
     store = open_matching(labeller, manifest) if store_exists(recipe.store) else None
     grows = store is not None and store.manifest.views.count < recipe.views.count
-    if store and not grows and not missing_units(store, views):
-        return
+    units = missing_units(store, views) if store and not grows else None
+    if units is not None and not units:
+        return []
     found = survey(labeller, manifest)
     print(describe_teachers(found, manifest))
     check_top1(found, recipe.min_top1)
@@ -153,7 +153,9 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
     elif grows:
         store.grow(recipe.views.count)
     store.place.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
-    left = sum(len(unit) * len(_rows(store, block)) for unit, block in missing_units(store, views))
+    if units is None:
+        units = missing_units(store, views)
+    left = sum(len(together) * len(_rows(store, block)) for together, block in units)
     views_left = -(-left // manifest.samples)
     print(describe_run(found, manifest, views_left, processes))
     needed, free = found.stored_bytes(manifest, views_left), store.place.free_bytes()
@@ -162,6 +164,7 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
             f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labelled yet, found "
             f"{free / 1e6:.0f} MB; make room, or lower views.count or top_k"
         )
+    return units
 
 
 class _Status:

@@ -51,24 +51,25 @@ def _beton(beton: Beton) -> dict[str, Any]:
 
 
 def _store(store: Store) -> dict[str, Any]:
+    digests = store.digests()
     return {
         "kind": "store",
         "path": store.name,
         "blocks": store.blocks,
-        "coverage": store.coverage().tolist(),
+        "coverage": np.count_nonzero(digests, axis=1).tolist(),
         "templates": int(np.count_nonzero(store.template_digests())) if store.manifest.template else None,
-        "views": _views(store),
+        "views": _views(store, digests),
         "bytes": store.stored_bytes(),
-        "bytes_per_view": store.bytes_per_view(),
+        "bytes_per_view": store.bytes_per_view(digests),
         "manifest": store.manifest.model_dump(mode="json"),
     }
 
 
-def _views(store: Store) -> list[dict[str, Any]]:
+def _views(store: Store, digests: NDArray[np.uint64]) -> list[dict[str, Any]]:
     """Figures of each view of which something is labelled, from one of its blocks, a different one for each view."""
     figures = []
-    for view, digests in enumerate(store.digests()):
-        labelled = np.flatnonzero(digests)
+    for view, blocks in enumerate(digests):
+        labelled = np.flatnonzero(blocks)
         if len(labelled):
             codes = store.read_block(view, int(labelled[view % len(labelled)]))
             soft = decode(*codes.tensors(), store.manifest.classes, 1.0)

@@ -179,12 +179,14 @@ class Store:
         template = ("tail_template",) if self.manifest.template else ()
         return {name: self._group.stored_bytes(name) for name in CODE_ARRAYS + template}
 
-    def bytes_per_view(self) -> float:
-        """Bytes stored for the codes of one labelled view of one image, on average, without its template."""
+    def bytes_per_view(self, digests: NDArray[np.uint64] | None = None) -> float:
+        """Bytes stored for the codes of one labelled view of one image, on average, without its template. `digests`:
+        those of all blocks, where they have been read already, which takes seconds for a large store."""
+        digests = self.digests() if digests is None else digests
         rows = [self.rows(block) for block in range(self.blocks)]
-        labelled = np.count_nonzero(self.digests(), axis=0) @ [part.stop - part.start for part in rows]
+        labelled = int(np.count_nonzero(digests, axis=0) @ [part.stop - part.start for part in rows])
         stored = self.stored_bytes()
-        return sum(stored[name] for name in CODE_ARRAYS) / max(1, int(labelled))
+        return sum(stored[name] for name in CODE_ARRAYS) / max(1, labelled)
 
     def _read_codes(self, place: tuple[int, slice], where: str, remedy: str) -> Codes:
         index, tail = (self._group.read(name, place, where, remedy) for name in ("topk_index", "tail"))
