@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.manifest import StoreManifest
 from pipeline.recipe import TemplateRecipe, ViewRecipe
-from pipeline.store import create_store, open_store
+from pipeline.store import code_arrays, create_store, open_store
 from pipeline.topk import Codes, SoftLabels, decode, encode, encode_template
 from pipeline.zarr_store import compressed_bytes
 
@@ -82,7 +82,7 @@ def manifest(samples: int, classes: int, k: int, block_rows: int, template: bool
 def bytes_per_view(codes: Codes, classes: int) -> float:
     """Compressed as one block of one view."""
     rows, k = codes.index.shape
-    arrays = {"topk_index": codes.index[None], "topk_gap": codes.gap[None], "tail": codes.tail[None]}
+    arrays = {name: values[None] for name, values in code_arrays(codes).items()}
     return sum(compressed_bytes(manifest(rows, classes, k, rows), arrays).values()) / rows
 
 

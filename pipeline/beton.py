@@ -4,7 +4,6 @@ FFCV's own writer re-encodes every JPEG; the layout written here (header, field 
 allocation table) is the one its reader and loaders expect, so stock FFCV opens the file too.
 """
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, FormatError
-from pipeline.manifest import PackManifest, key_digests, parse_sealed
+from pipeline.manifest import PackManifest, key_digests, load_sealed
 
 
 @contextmanager
@@ -181,20 +180,13 @@ def _header(count: int, page: int, table_position: int) -> bytes:
 
 
 def _read_manifest(path: Path) -> PackManifest:
-    remedy = "copy it again, or pack again"
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{path}: expected the manifest of the .beton beside it, found none; copy it too, or pack again"
         ) from None
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise FormatError(f"{path}: expected a manifest of version 1, found: {error}; {remedy}") from None
-    if not isinstance(document, dict):
-        raise FormatError(f"{path}: expected a manifest of version 1, found: a {type(document).__name__}; {remedy}")
-    return parse_sealed(PackManifest, document, str(path), remedy)
+    return load_sealed(PackManifest, text, str(path), "copy it again, or pack again")
 
 
 def _beton(path: Path, manifest: PackManifest, rows: NDArray, table: NDArray, table_position: int) -> Beton:

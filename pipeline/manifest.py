@@ -126,10 +126,28 @@ def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
     return digests
 
 
+def match_keys(keys: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each wanted key digest its place among `keys`, -1 where it is none of them: int64, as long as `wanted`."""
+    order = np.argsort(keys)
+    place = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(order) - 1)]
+    return np.where(keys[place] == wanted, place, -1)
+
+
 def sealed(manifest: Model) -> dict[str, Any]:
     """A manifest as plain data with its digest, which makes a changed character noticed."""
     document = manifest.model_dump(mode="json")
     return document | {"digest": document_digest(document)}
+
+
+def load_sealed(model: type[M], text: bytes, where: str, remedy: str) -> M:
+    """The manifest in a file that holds what `sealed` made as JSON. Raises FormatError as `parse_sealed` does."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{where}: expected a manifest of version 1, found: {error}; {remedy}") from None
+    if not isinstance(document, dict):
+        raise FormatError(f"{where}: expected a manifest of version 1, found: a {type(document).__name__}; {remedy}")
+    return parse_sealed(model, document, where, remedy)
 
 
 def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: str) -> M:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.beton import Beton
 from pipeline.errors import DataError, FormatError
-from pipeline.manifest import text_digest
+from pipeline.manifest import match_keys, text_digest
 from pipeline.sources import IMAGE_SUFFIXES
 from pipeline.store import Store
 from pipeline.wds_store import CLASS_SUFFIX
@@ -42,9 +42,8 @@ def rows_of(store: Store, beton: Beton) -> NDArray[np.int64]:
     """The row of the .beton for each row of the store, int64 [N]. Raises DataError unless it has just its images."""
     if text_digest(beton.manifest.classes) != store.manifest.class_list_digest:
         raise DataError(f"{beton.path}: expected the class list of {store.name}, found another; give its own .beton")
-    place = np.searchsorted(beton.keys, store.keys, sorter=beton.key_order).clip(max=len(beton) - 1)
-    rows = beton.key_order[place]
-    known = beton.keys[rows] == store.keys
+    rows = match_keys(beton.keys, store.keys)
+    known = rows >= 0
     missing, unlabelled = int((~known).sum()), len(beton) - int(known.sum())
     changed = int((beton.crc32[rows] != store.crc32)[known].sum())
     if missing or unlabelled or changed:

@@ -6,6 +6,7 @@ are chunks: any number of processes may write to one store as long as no two wri
 images by key digest, never by position. The format is described in FORMAT.md.
 """
 
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,7 @@ class Store:
 
     def template_digests(self) -> NDArray[np.uint64]:
         """The digest of each block's tail template, [blocks]; 0: none yet. Raises FormatError for a corrupt one."""
-        try:
-            return self._group.read("template_digest", (slice(None),), self.name, "label again")
-        except FormatError:
-            for block in range(self.blocks):
-                self._template_digest(block)  # slower, and its error names the block
-            raise
+        return self._every("template_digest", (slice(None),), self._template_digest, product(range(self.blocks)))
 
     def coverage(self) -> NDArray[np.int64]:
         """How many blocks of each view are labelled, [V]. Raises FormatError for a corrupt digest."""
@@ -82,9 +78,8 @@ class Store:
         assert codes.index.max() < classes, f"class {codes.index.max()} of {classes}"
         digest = block_digest(view, block, codes)
         if self._is_new(self._digest(view, block), digest, self._where(view, block)):
-            for name, values in zip(CODE_ARRAYS, (codes.index, codes.gap, codes.tail), strict=True):
-                if values.size:  # k = 1 has no gaps
-                    self._group.write(name, place, values)
+            for name, values in code_arrays(codes).items():
+                self._group.write(name, place, values)
             self._group.write("block_digest", (view, block), digest)
 
     def write_template(self, block: int, template: NDArray[np.uint8]) -> None:
@@ -224,13 +219,17 @@ class Store:
         return int(self._group.read("template_digest", (block,), where, remedy))
 
     def _digests(self, views: range) -> NDArray[np.uint64]:
+        places = slice(views.start, views.stop), slice(None)
+        return self._every("block_digest", places, self._digest, product(views, range(self.blocks)))
+
+    def _every(
+        self, name: str, selection: tuple[slice, ...], one: Callable[..., int], places: Iterable[tuple[int, ...]]
+    ) -> NDArray[np.uint64]:
         try:
-            return self._group.read(
-                "block_digest", (slice(views.start, views.stop), slice(None)), self.name, "label again"
-            )
+            return self._group.read(name, selection, self.name, "label again")
         except FormatError:
-            for view, block in product(views, range(self.blocks)):
-                self._digest(view, block)  # slower, and its error names the block
+            for place in places:
+                one(*place)  # slower, and its error names the block
             raise
 
     def _place(self, view: int, block: int) -> tuple[int, slice]:
@@ -288,6 +287,12 @@ def open_store(location: str | Path) -> Store:
     manifest = _parse_manifest(group.place.name, group.attributes)
     group.open_arrays(manifest)
     return Store(group, manifest)
+
+
+def code_arrays(codes: Codes) -> dict[str, NDArray[Any]]:
+    """The arrays of codes by their names in a store; k = 1 has no gaps."""
+    arrays = zip(CODE_ARRAYS, (codes.index, codes.gap, codes.tail), strict=True)
+    return {name: values for name, values in arrays if values.size}
 
 
 def block_digest(view: int, block: int, codes: Codes) -> int:

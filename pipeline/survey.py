@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.labeller import Labeller, ViewLabels
 from pipeline.manifest import StoreManifest
+from pipeline.store import code_arrays
 from pipeline.topk import Codes, decode
 from pipeline.zarr_store import compressed_bytes
 from teachers import PUBLISHED
@@ -50,9 +51,7 @@ def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
     seconds = (time.perf_counter() - started) / (count - warm)
     codes = Codes.concatenate([part.codes for part in parts])
     soft = decode(*codes.tensors(), recipe.classes, 1.0)
-    arrays = {"topk_index": codes.index[None], "topk_gap": codes.gap[None], "tail": codes.tail[None]}
-    if recipe.top_k == 1:
-        del arrays["topk_gap"]
+    arrays = {name: values[None] for name, values in code_arrays(codes).items()}
     if recipe.template:
         arrays["tail_template"] = np.concatenate([part.template for part in parts])  # pyright: ignore
     one_block = {"samples": count, "block_rows": count, "views": recipe.views.model_copy(update={"count": 1})}

@@ -2,6 +2,8 @@
 
 import os
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -76,23 +78,20 @@ def _verify_store(store: Store) -> Report:
     return Report(checked, [problem for problem in found if problem])
 
 
-def _template_problem(store: Store, block: int) -> str | None:
-    """None: not there yet. Empty: whole."""
-    try:
-        if not store.has_template(block):
-            return None
-        store.read_template(block)
-    except SoftshardError as error:
-        return str(error)
-    return ""
-
-
 def _block_problem(store: Store, view: int, block: int) -> str | None:
+    return _problem(partial(store.is_block_labelled, view, block), partial(store.read_block, view, block))
+
+
+def _template_problem(store: Store, block: int) -> str | None:
+    return _problem(partial(store.has_template, block), partial(store.read_template, block))
+
+
+def _problem(is_there: Callable[[], bool], read: Callable[[], object]) -> str | None:
     """None: not labelled yet. Empty: whole."""
     try:
-        if not store.is_block_labelled(view, block):
+        if not is_there():
             return None
-        store.read_block(view, block)
+        read()
     except SoftshardError as error:
         return str(error)
     return ""

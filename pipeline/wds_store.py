@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from pipeline.errors import DataError, FormatError
-from pipeline.manifest import StoreManifest, key_digest, parse_sealed, sealed
+from pipeline.manifest import StoreManifest, key_digest, load_sealed, sealed
 from pipeline.recipe import Model
 from pipeline.topk import Codes, index_dtype
 
@@ -116,13 +116,7 @@ def open_shards(folder: Path) -> ShardManifest:
     path = folder / MANIFEST
     with _open(path) as file:
         text = file.read()
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise FormatError(f"{path}: expected a manifest in JSON, found: {error}; {REMEDY}") from None
-    if not isinstance(document, dict):
-        raise FormatError(f"{path}: expected a manifest, found a {type(document).__name__}; {REMEDY}")
-    return parse_sealed(ShardManifest, document, str(path), REMEDY)
+    return load_sealed(ShardManifest, text, str(path), REMEDY)
 
 
 def write_manifest(folder: Path, manifest: ShardManifest) -> None:

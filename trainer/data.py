@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from pipeline.beton import Beton, open_beton
 from pipeline.errors import DataError
-from pipeline.manifest import text_digest
+from pipeline.manifest import match_keys, text_digest
 from pipeline.probes import check_probes
 from pipeline.recipe import ViewRecipe
 from pipeline.store import Store, open_store
@@ -131,9 +131,8 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
             f"{recipe.labels}: expected labels of the class list of {beton.path}, found those of another; "
             "label these images, or pack them with the same `classes` file"
         )
-    order = np.argsort(store.keys)
-    place = order[np.searchsorted(store.keys, beton.keys, sorter=order).clip(max=len(order) - 1)]
-    found = store.keys[place] == beton.keys
+    place = match_keys(store.keys, beton.keys)
+    found = place >= 0
     other = np.flatnonzero(found & (store.crc32[place] != beton.crc32))
     if len(other):
         raise DataError(
@@ -153,7 +152,7 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
             f"images depend on the whole set, found {int(found.sum())}; pack them all, or label these"
         )
     check_probes(beton, store.manifest, str(recipe.labels))
-    return np.where(found, place, -1)
+    return place
 
 
 def _few(beton: Beton, rows: NDArray[np.int64]) -> str:
