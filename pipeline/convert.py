@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.beton import open_beton
-from pipeline.errors import DataError, FormatError
+from pipeline.errors import DataError, FormatError, few
 from pipeline.manifest import StoreManifest
 from pipeline.parallel import in_order
 from pipeline.shard_images import image_members, rows_of, sample_names
@@ -39,7 +39,6 @@ from pipeline.wds_store import (
     write_shard,
 )
 
-FEW = 3
 IDENTITY = np.dtype([("key", np.uint64), ("crc32", np.uint32)])
 
 
@@ -114,10 +113,9 @@ def _check_labelled(store: Store) -> None:
     coverage, blocks = store.coverage(), store.blocks
     missing = np.flatnonzero(coverage < blocks)
     if len(missing):
-        few = ", ".join(f"view {view} with {coverage[view]} of {blocks} blocks" for view in missing[:FEW])
-        more = f" and {len(missing) - FEW} more" if len(missing) > FEW else ""
+        found = few([f"view {view} with {coverage[view]} of {blocks} blocks" for view in missing])
         raise DataError(
-            f"{store.name}: expected all {len(coverage)} views labelled, found {few}{more}; finish labelling first"
+            f"{store.name}: expected all {len(coverage)} views labelled, found {found}; finish labelling first"
         )
     templates = np.count_nonzero(store.template_digests()) if store.manifest.template else blocks
     if templates < blocks:

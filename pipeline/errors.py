@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message says where, what was expected, what was found, what to do."""
 
+from collections.abc import Sequence
+
 
 class SoftshardError(Exception):
     """Base of the errors that the command line prints without a traceback, with exit status 2."""
@@ -15,3 +17,8 @@ class FormatError(SoftshardError):
 
 class DataError(SoftshardError):
     """The files are sound but do not fit the work: missing samples, other images, no room."""
+
+
+def few(names: Sequence[str], count: int = 3) -> str:
+    """'a, b, c and 4 more', for messages."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

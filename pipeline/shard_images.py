@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.beton import Beton
-from pipeline.errors import DataError, FormatError
+from pipeline.errors import DataError, FormatError, few
 from pipeline.manifest import match_keys, text_digest
 from pipeline.sources import IMAGE_SUFFIXES
 from pipeline.store import Store
 from pipeline.wds_store import CLASS_SUFFIX
 
-FEW = 3
 # a name and its suffix as WebDataset takes them: it splits at the first dot of the base name
 IMAGE_NAME = re.compile(r"(?!\./)((?:[^\0\n]*/)?[^./\0\n]+)(\.[^./\0\n]+)")
 
@@ -30,10 +29,10 @@ def sample_names(beton: Beton) -> list[str]:
     counts = Counter(names)
     bad = [key for key, name in zip(keys, names, strict=True) if not name or counts[name] > 1]
     if bad:
-        few = ", ".join(repr(key) for key in bad[:FEW]) + (f" and {len(bad) - FEW} more" if len(bad) > FEW else "")
         raise DataError(
             f"{beton.path}: expected keys with one dot, before the suffix of an image, and different without it, as "
-            f"WebDataset splits them, found {few}; rename and pack again, or convert without --images"
+            f"WebDataset splits them, found {few([*map(repr, bad)])}; rename and pack again, or convert without "
+            "--images"
         )
     return names
 

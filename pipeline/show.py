@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.beton import Beton, is_beton, open_beton
 from pipeline.convert import describe_shards
+from pipeline.errors import few
 from pipeline.store import Store, open_store
 from pipeline.topk import decode
 from pipeline.wds_store import is_shards
@@ -79,7 +80,7 @@ def _views(store: Store, digests: NDArray[np.uint64]) -> list[dict[str, Any]]:
 
 
 def _beton_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
-    classes = document["classes"]
+    classes, skipped = document["classes"], document["skipped"]
     counts = _range(np.array([entry["images"] for entry in classes]))
     return [
         ("packed file", document["path"]),
@@ -88,9 +89,9 @@ def _beton_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("width", _words(document["width"])),
         ("height", _words(document["height"])),
         ("classes", f"{len(classes)}; images in each: {_words(counts)}"),
-        ("", _few([f"{entry['name']} ({entry['images']})" for entry in classes])),
+        ("", few([f"{entry['name']} ({entry['images']})" for entry in classes], FIRST)),
         ("converted", ", ".join(f"{count} {kind}" for kind, count in document["converted"].items()) or "none"),
-        ("skipped", f"{len(document['skipped'])}: {_few(document['skipped'])}" if document["skipped"] else "none"),
+        ("skipped", f"{len(skipped)}: {few(skipped, FIRST)}" if skipped else "none"),
         *_leaves("recipe", document["recipe"]),
         ("libraries", ", ".join(f"{name} {version}" for name, version in document["libraries"].items())),
     ]
@@ -175,7 +176,3 @@ def _words(values: dict[str, float]) -> str:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:FIRST]) + (f" and {len(names) - FIRST} more" if len(names) > FIRST else "")

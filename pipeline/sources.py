@@ -13,7 +13,7 @@ from typing import NamedTuple
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, few
 from pipeline.parquet import Table, read_images, read_table
 from pipeline.recipe import ColumnsRecipe, SourceRecipe
 from pipeline.tars import tar_images
@@ -202,4 +202,4 @@ def _read_class_list(path: Path) -> list[str]:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return few([*map(repr, names)])
