@@ -99,10 +99,6 @@ def write_recipe(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def launch(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` of a stage, as the README shows it for several processes."""
     accelerate = Path(sys.executable).parent / "accelerate"

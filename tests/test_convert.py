@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_packs import edit, pack_folder
 from small_sources import pack_from, rows_of
-from test_store import assert_equal, contents, create, fill, make_manifest, make_template
+from small_stores import assert_equal, create, files_of, fill, make_manifest, make_template
 from webdataset.compat import WebDataset
 
 from pipeline import convert as convert_module
@@ -106,7 +106,7 @@ def test_the_way_back_gives_the_same_files(tmp_path: Path, shape: dict, shard_sa
     assert [Path(tar).name for tar in tars(tmp_path / "shards")] == [f"labels-{n:06}.tar" for n in range(count)]
     assert verify_shards(tmp_path / "shards") == []
     assert "views of" in convert(str(tmp_path / "shards"), str(tmp_path / "b.zarr"), None, 1)
-    assert contents(tmp_path / "b.zarr") == contents(tmp_path / "a.zarr")
+    assert files_of(tmp_path / "b.zarr") == files_of(tmp_path / "a.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "b.zarr", "shards"]
 
 
@@ -117,20 +117,20 @@ def test_a_store_that_grew_comes_back(tmp_path: Path) -> None:
     fill(store)
     convert(store.name, str(tmp_path / "shards"), None, 4)
     convert(str(tmp_path / "shards"), str(tmp_path / "b.zarr"), None, 4)
-    assert contents(tmp_path / "b.zarr") == contents(tmp_path / "a.zarr")
+    assert files_of(tmp_path / "b.zarr") == files_of(tmp_path / "a.zarr")
 
 
 def test_shards_with_images_come_back(with_images: tuple[Path, Store], tmp_path: Path) -> None:
     folder, store = with_images
     assert verify_shards(folder) == []
     convert(str(folder), str(tmp_path / "b.zarr"), None, 1)
-    assert contents(tmp_path / "b.zarr") == contents(Path(store.name))
+    assert files_of(tmp_path / "b.zarr") == files_of(Path(store.name))
 
 
 def test_the_same_labels_give_the_same_bytes(source: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()  # an empty folder is as good as none
     convert(str(source), str(tmp_path / "again"), None, 3)
-    assert contents(tmp_path / "again") == contents(whole)
+    assert files_of(tmp_path / "again") == files_of(whole)
 
 
 def test_what_there_is_to_show(whole: Path, with_images: tuple[Path, Store]) -> None:
@@ -307,7 +307,7 @@ def test_a_target_in_use_is_kept(source: Path, whole: Path, tmp_path: Path) -> N
         convert(str(source), str(tmp_path / "shards"), None, 0)
     with pytest.raises(FormatError, match="found a file"):
         convert(str(whole), str(tmp_path / "note"), None, 3)
-    assert contents(tmp_path) == {"note": b"kept"}
+    assert files_of(tmp_path) == {"note": b"kept"}
 
 
 def test_another_store_at_the_target_is_kept(whole: Path, tmp_path: Path) -> None:
@@ -317,10 +317,10 @@ def test_another_store_at_the_target_is_kept(whole: Path, tmp_path: Path) -> Non
         tmp_path / "other.zarr", make_manifest(template=1), np.arange(10, dtype=np.uint64), np.zeros(10, np.uint32)
     )
     for target in (path, Path(other.name)):
-        before = contents(target)
+        before = files_of(target)
         with pytest.raises(DataError, match="expected a free name for a new store, or one that these shards were"):
             convert(str(whole), str(target), None, 3)
-        assert contents(target) == before
+        assert files_of(target) == before
 
 
 def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_an_interrupted_conversion_goes_on(
         assert open_store(target).coverage().sum() == stop_at
     for _ in range(2):
         convert(str(whole), str(target), None, 3)
-        assert contents(target) == contents(source)
+        assert files_of(target) == files_of(source)
 
 
 # Images
@@ -428,4 +428,4 @@ def test_long_and_foreign_names_come_through(root: Path, tmp_path: Path) -> None
     assert keys == {key.rpartition(".")[0] for key in beton.manifest.keys}
     assert rows_of(pack_from("webdataset", tmp_path / "shards", tmp_path / "again.beton")) == rows_of(beton)
     convert(str(tmp_path / "shards"), str(tmp_path / "back.zarr"), None, 3)
-    assert contents(tmp_path / "back.zarr") == contents(Path(store.name))
+    assert files_of(tmp_path / "back.zarr") == files_of(Path(store.name))

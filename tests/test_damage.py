@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from small_runs import label_recipe, make_inputs
-from test_store import contents
+from small_stores import files_of
 
 from pipeline.errors import SoftshardError
 from pipeline.label import label
@@ -76,6 +76,6 @@ def means_the_same(whole: Path, damaged: Path, file: Path) -> bool:
         return False
     first, second = open_store(whole), open_store(damaged)
     same = all(
-        contents(whole)[name] == data for name, data in contents(damaged).items() if not name.endswith("zarr.json")
+        files_of(whole)[name] == data for name, data in files_of(damaged).items() if not name.endswith("zarr.json")
     )
     return same and first.manifest == second.manifest and (first.read_template() == second.read_template()).all()

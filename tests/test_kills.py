@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import LABEL, files_of, make_inputs, write_recipe
+from small_runs import LABEL, make_inputs, write_recipe
+from small_stores import files_of
 from workers import finish, kill, start
 
 from pipeline.store import open_store

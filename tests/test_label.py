@@ -13,7 +13,6 @@ import timm
 import torch
 from small_runs import (
     LABEL,
-    files_of,
     label_recipe,
     launch,
     make_inputs,
@@ -22,6 +21,7 @@ from small_runs import (
     write_recipe,
     write_teacher,
 )
+from small_stores import files_of
 
 from pipeline.beton import open_beton
 from pipeline.errors import DataError, FormatError

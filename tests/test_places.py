@@ -6,8 +6,8 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from small_runs import files_of, label_recipe, make_inputs
-from test_store import create, fill, make_manifest, read_all
+from small_runs import label_recipe, make_inputs
+from small_stores import create, files_of, fill, make_manifest, read_all
 
 from pipeline.__main__ import main
 from pipeline.errors import DataError, FormatError

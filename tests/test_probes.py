@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_packs import pack_folder
-from test_store import make_manifest
+from small_stores import make_manifest
 
 import pipeline.probes
 from pipeline.beton import Beton

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import LABEL, label_recipe, make_inputs, write_recipe
-from test_store import plain_array
+from small_stores import plain_array
 
 from pipeline.__main__ import main
 from pipeline.label import label

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_packs import contents, encoded, pack_folder
-from test_store import create, fill, make_manifest
+from small_stores import create, fill, make_manifest
 
 from pipeline.__main__ import main
 from pipeline.beton import Beton

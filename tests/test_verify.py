@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_packs import edit, edit_manifest, jpeg
-from test_store import create, fill, make_manifest
+from small_stores import create, fill, make_manifest
 
 from pipeline.__main__ import main
 from pipeline.beton import Beton, manifest_path, open_beton

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
 from small_sources import write_tar
-from test_store import SETTINGS, assert_equal, make_codes, make_manifest, make_template
+from small_stores import SETTINGS, assert_equal, make_codes, make_manifest, make_template
 
 from pipeline.errors import DataError, FormatError
 from pipeline.manifest import StoreManifest, key_digest
