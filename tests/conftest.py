@@ -1,5 +1,6 @@
 """Inputs for all tests: real photographs and digits in class folders, the same packed, the CPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,16 @@ ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progres
 @pytest.fixture(scope="session")
 def cpu() -> torch.device:
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors as small as those of tests gain nothing from threads, which wait for each other for long on a busy
+    machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
