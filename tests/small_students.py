@@ -1,7 +1,7 @@
 """Students for tests: stock models at small sizes, one in ordinary modules, and what training might leave of them."""
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from trainer.students import build_student, expand
+from trainer.students.trace import Kind
 
 # Odd sizes make stride 2 and "same" padding fall differently on the two sides.
 MODELS: dict[str, tuple[Literal["timm", "torchvision"], int, dict[str, int]]] = {
@@ -17,6 +18,7 @@ MODELS: dict[str, tuple[Literal["timm", "torchvision"], int, dict[str, int]]] = 
     "mobilenetv3_large_100": ("timm", 65, {"depthwise": 15, "pointwise": 30, "dense": 1}),
     "ghostnetv2_100": ("timm", 64, {"depthwise": 69, "pointwise": 52, "dense": 1}),
     "tf_efficientnet_lite0": ("timm", 65, {"depthwise": 16, "pointwise": 32, "dense": 1}),
+    "mobilenetv4_conv_small": ("timm", 65, {"depthwise": 15, "pointwise": 28, "dense": 3}),
     "efficientnet_lite0": ("timm", 65, {"depthwise": 16, "pointwise": 32, "dense": 1}),
     "resnet18": ("timm", 65, {"pointwise": 3, "dense": 17}),
     "regnety_002": ("timm", 64, {"pointwise": 30, "grouped": 13, "dense": 1}),
@@ -24,6 +26,7 @@ MODELS: dict[str, tuple[Literal["timm", "torchvision"], int, dict[str, int]]] = 
     "mobilenet_v2": ("torchvision", 65, {"depthwise": 17, "pointwise": 34, "dense": 1}),
     "shufflenet_v2_x1_0": ("torchvision", 64, {"depthwise": 19, "pointwise": 36, "dense": 1}),
 }
+ALL_KINDS = get_args(Kind)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -34,6 +37,12 @@ def grad(parameter):
 
 def stock(name):
     return build_student(name, 10, library=MODELS[name][0])
+
+
+def expanded(model, name):
+    """With the default kinds, or with all of them where most convolutions are dense or grouped."""
+    kinds = ALL_KINDS if name in ("resnet18", "regnety_002", "mobilenetv4_conv_small") else ALL_KINDS[:2]
+    return expand(model, images(name, 1), kinds=kinds)
 
 
 def images(name, count, seed=0):
@@ -80,8 +89,7 @@ def calibrate(model, x):
 def trained(name):
     """An expanded model with weights and statistics as training might leave them (float64; copy before changing)."""
     torch.manual_seed(0)
-    expanded = expand(stock(name), images(name, 1))
-    return calibrate(randomise(expanded).double(), images(name, 8).double())
+    return calibrate(randomise(expanded(stock(name), name)).double(), images(name, 8).double())
 
 
 @torch.no_grad()

@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from small_students import calibrate, each_model, grad, images, randomise, small, small_images, stock
+from small_students import (
+    ALL_KINDS,
+    calibrate,
+    difference,
+    each_model,
+    expanded,
+    grad,
+    images,
+    randomise,
+    small,
+    small_images,
+    stock,
+)
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
@@ -22,17 +34,16 @@ def test_expand_changes_nothing_before_the_first_step(name):
     x = images(name, 4)
     plain = calibrate(randomise(stock(name)), x)
     copied = copy.deepcopy(plain)
-    kept = {
-        **dict(copied.named_parameters()),
-        **dict(copied.named_buffers()),
-    }  # expand leaves these very tensors in branch 0
-    expanded = expand(copied, x[:1])
-    assert not any(module.training for module in expanded.modules())
-    assert torch.equal(expanded(x), plain(x))
+    kept = dict(copied.named_parameters()) | dict(
+        copied.named_buffers()
+    )  # expand leaves these very tensors in branch 0
+    model = expanded(copied, name)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(x), plain(x))
     outputs = []
-    for model in (plain, expanded):
+    for each in (plain, model):
         torch.manual_seed(0)  # for dropout
-        outputs.append(model.train()(x))
+        outputs.append(each.train()(x))
         outputs[-1].square().sum().backward()
     assert torch.equal(*outputs)
     assert all(torch.equal(buffer, kept[key]) for key, buffer in plain.named_buffers())
@@ -43,14 +54,61 @@ def test_expand_changes_nothing_before_the_first_step(name):
 def test_every_branch_learns(name):
     """At gamma 0 only the gammas of the new branches have gradients; these must differ between branches, or all would
     stay copies of one another."""
-    x = images(name, 4)
-    expanded = expand(calibrate(randomise(stock(name)), x), x[:1]).train()
-    expanded(x).square().sum().backward()
-    for module in expanded.modules():
+    model = expanded(calibrate(randomise(stock(name)), images(name, 4)), name).train()
+    model(images(name, 4)).square().sum().backward()
+    for module in model.modules():
         if isinstance(module, MultiBranchConv):
             _, second, third = (grad(branch.bn.weight) for branch in module.conv_bns())
             assert second.abs().max() > 0
             assert not torch.equal(second, third)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_split_gammas_change_nothing_before_the_first_step(branches):
+    x = small_images()
+    plain = calibrate(randomise(small().double()), x)
+    copied = copy.deepcopy(plain)
+    model = expand(copied, x[:1], kinds=ALL_KINDS, branches=branches, init="split_gamma")
+    for training in (False, True, False):  # also with the statistics that a step in training leaves
+        assert difference(model.train(training), plain.train(training), x) <= 1e-12
+    model.train()(x).square().sum().backward()
+    for module in model.modules():
+        if isinstance(module, MultiBranchConv):
+            gradients = [grad(branch.conv.weight) for branch in module.conv_bns()]
+            assert all(not torch.allclose(gradients[0], other) for other in gradients[1:])
+
+
+def test_expand_says_what_it_did_and_what_it_left_alone(caplog):
+    name = "ghostnetv2_100"
+    with caplog.at_level("INFO"):
+        expanded(stock(name), name)
+        expand(Shared(), torch.randn(1, 3, 8, 8))
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records if "trainer" in record.name]
+    listing = "blocks.3.0.se.conv_reduce, blocks.3.0.se.conv_expand, blocks.4.0.se.conv_reduce and 12 more"
+    assert lines == [
+        (
+            "INFO",
+            "student.expand: convolutions with branches: 69 depthwise, 52 pointwise; left alone: "
+            f"15 without a batch norm that can be folded ({listing})",
+        ),
+        (
+            "WARNING",
+            "student.expand: convolutions with branches: 1 pointwise; left alone: "
+            "1 whose weight, output or batch norm is read more than once (twice)",
+        ),
+    ]
+
+
+class Shared(nn.Module):
+    """One pair, and a convolution that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.once, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.twice, self.bn2, self.bn3 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn3(self.twice(self.bn2(self.twice(self.bn(self.once(x))))))
 
 
 @pytest.mark.parametrize("conv_type", [nn.Conv2d, Conv2dSame])
@@ -87,7 +145,9 @@ def test_pairs_that_gain_nothing_stay_plain():
     ("arguments", "message"),
     [
         ({"branches": 0}, r"student\.expand\.branches: expected at least 1, found 0"),
-        ({"kinds": ["dense"]}, r"student\.expand\.kinds: expected some of depthwise, pointwise, found 'dense'"),
+        ({"kinds": ["dw"]}, r"student\.expand\.kinds: expected some of depthwise, pointwise, grouped, .*, found 'dw'"),
+        ({"kinds": ["grouped"]}, "found pairs: 1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none"),
+        ({"init": "zero"}, r"student\.expand\.init: expected one of zero_gamma, split_gamma, found 'zero'"),
         ({"kinds": []}, r"student\.expand\.kinds: expected a list .*, found \[\]"),
         ({"kinds": "depthwise"}, r"student\.expand\.kinds: expected a list .*, found 'depthwise'"),
         ({"branches": 1, "scale": False, "identity": False}, "found pairs: 1 dense, 1 depthwise, 2 pointwise"),

@@ -14,7 +14,15 @@ from torch import nn
 
 from pipeline.errors import RecipeError
 from trainer.students import build_student, expand
-from trainer.students.trace import find_pairs
+from trainer.students.trace import (
+    NO_BATCH_NORM,
+    NOT_RUN,
+    OWN_ARITHMETIC,
+    OWN_BRANCHES,
+    SEVERAL_NAMES,
+    SHARED,
+    find_pairs,
+)
 
 
 class Toy(nn.Module):
@@ -90,53 +98,63 @@ TOYS = {
     "shared conv": (
         lambda: {"conv": conv(), "bn": bn(), "bn2": bn()},
         lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv(x)),
-        [],
+        SHARED,
     ),
     "shared bn": (
         lambda: {"conv": conv(), "conv2": conv(), "bn": bn()},
         lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv2(x)),
-        [],
+        SHARED,
     ),
-    "tied weights": (tied, lambda m, x: m.bn(m.conv(x)) + m.bn2(m.second(x)), []),
-    "two names": (twice_named, in_sequence, []),
+    "tied weights": (tied, lambda m, x: m.bn(m.conv(x)) + m.bn2(m.second(x)), SHARED),
+    "two names": (twice_named, in_sequence, SEVERAL_NAMES),
     "two bns": (
         lambda: {"conv": conv(), "bn": bn(), "bn2": bn()},
         lambda m, x: (lambda y: m.bn(y) + m.bn2(y))(m.conv(x)),
-        [],
+        SHARED,
     ),
     "output read twice": (
         lambda: {"conv": conv(), "bn": bn()},
         lambda m, x: (lambda y: m.bn(y) + y.sigmoid())(m.conv(x)),
-        [],
+        SHARED,
     ),
     "output returned": (
         lambda: {"conv": conv(), "bn": bn()},
         lambda m, x: (lambda y: {"a": [y], "b": m.bn(y)})(m.conv(x)),
-        [],
+        SHARED,
     ),
     "weight read elsewhere": (
         lambda: {"conv": conv(), "bn": bn()},
         lambda m, x: m.bn(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1, groups=4),
-        [],
+        SHARED,
     ),
-    "no bn": (lambda: {"conv": conv()}, lambda m, x: m.conv(x), []),
-    "something between": (lambda: {"conv": conv(), "bn": bn()}, lambda m, x: m.bn(m.conv(x).relu()), []),
+    "no bn": (lambda: {"conv": conv()}, lambda m, x: m.conv(x), NO_BATCH_NORM),
+    "something between": (lambda: {"conv": conv(), "bn": bn()}, lambda m, x: m.bn(m.conv(x).relu()), NO_BATCH_NORM),
     "dropout between": (
         lambda: {"conv": conv(), "drop": nn.Dropout(), "bn": bn()},
         lambda m, x: m.bn(m.drop(m.conv(x))),
-        [],
+        SHARED,  # in evaluation mode dropout returns the very tensor, but reads it
     ),
-    "subclass that does more": (lambda: {"conv": Doubled(4, 4, 1), "bn": bn()}, in_sequence, []),
-    "standardised weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, []),
+    "subclass that does more": (lambda: {"conv": Doubled(4, 4, 1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
+    "standardised weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
     "parametrised weight": (
         lambda: {"conv": nn.utils.parametrizations.weight_norm(conv()), "bn": bn()},
         in_sequence,
-        [],
+        OWN_ARITHMETIC,
     ),
-    "weight made by a hook": (lambda: {"conv": nn.utils.spectral_norm(conv()), "bn": bn()}, in_sequence, []),
-    "reflecting padding": (lambda: {"conv": conv(padding_mode="reflect"), "bn": bn()}, in_sequence, []),
-    "no affine": (lambda: {"conv": conv(), "bn": bn(affine=False)}, in_sequence, []),
-    "no statistics": (lambda: {"conv": conv(), "bn": bn(track_running_stats=False)}, in_sequence, []),
+    "weight made by a hook": (
+        lambda: {"conv": nn.utils.spectral_norm(conv()), "bn": bn()},
+        in_sequence,
+        OWN_ARITHMETIC,
+    ),
+    "reflecting padding": (lambda: {"conv": conv(padding_mode="reflect"), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
+    "no affine": (lambda: {"conv": conv(), "bn": bn(affine=False)}, in_sequence, NO_BATCH_NORM),
+    "no statistics": (lambda: {"conv": conv(), "bn": bn(track_running_stats=False)}, in_sequence, NO_BATCH_NORM),
+    "not run": (lambda: {"conv": conv(), "bn": bn()}, lambda m, x: m.bn(x), NOT_RUN),
+    "own re-parameterisation alone": (
+        lambda: {"inner": SelfFolding(in_sequence, conv=conv(), bn=bn())},
+        lambda m, x: m.inner(x),
+        OWN_BRANCHES,
+    ),
     "own re-parameterisation": (
         lambda: {"inner": SelfFolding(in_sequence, conv=conv(), bn=bn()), "conv": conv(), "bn": bn()},
         lambda m, x: m.bn(m.conv(m.inner(x))),
@@ -148,13 +166,17 @@ TOYS = {
 @pytest.mark.parametrize("toy", TOYS)
 def test_pairs_of_toys(toy):
     modules, run, expected = TOYS[toy]
-    pairs = find_pairs(Toy(run, **modules()), torch.randn(2, 4, 8, 8))
-    assert [(pair.conv, pair.bn) for pair in pairs] == expected
+    pairs, left_alone = find_pairs(Toy(run, **modules()), torch.randn(2, 4, 8, 8))
+    if isinstance(expected, list):
+        assert [(pair.conv, pair.bn) for pair in pairs] == expected
+    else:
+        assert not pairs
+        assert {conv.reason for conv in left_alone} == {expected}
 
 
 @each_model
 def test_pairs_of_models(name):
-    pairs = find_pairs(stock(name), images(name, 1))
+    pairs, _ = find_pairs(stock(name), images(name, 1))
     assert Counter(pair.kind for pair in pairs) == MODELS[name][2]
 
 
@@ -175,7 +197,7 @@ def test_trace_leaves_no_trace(broken):
         with pytest.raises(RecipeError, match=r"student\.expand: .*float32 \(1, 4, 8, 8\) on cpu.*no such size"):
             expand(model, torch.randn(1, 4, 8, 8))
     else:
-        assert len(find_pairs(model, torch.randn(1, 4, 8, 8))) == 2
+        assert len(find_pairs(model, torch.randn(1, 4, 8, 8)).pairs) == 2
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -183,10 +205,27 @@ def test_trace_leaves_no_trace(broken):
     assert model.get_submodule("conv")(torch.ones(1, 4, 8, 8)).requires_grad
 
 
+def test_every_convolution_is_in_a_pair_or_left_alone_for_a_reason():
+    model = stock("ghostnetv2_100")
+    pairs, left_alone = find_pairs(model, images("ghostnetv2_100", 1))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert sorted([pair.conv for pair in pairs] + [conv.conv for conv in left_alone]) == sorted(names)
+    assert {conv.reason for conv in left_alone} == {NO_BATCH_NORM}  # squeeze-and-excitation and the head
+    again = find_pairs(expand(model, images("ghostnetv2_100", 1)), images("ghostnetv2_100", 1))
+    assert [pair.kind for pair in again.pairs] == ["dense"]
+    assert again.left_alone == left_alone
+
+
+def test_a_transformer_has_nothing_to_expand():
+    found = r"in VisionTransformer .*found pairs: none; convolutions left alone: 1 without a batch norm .*embed\.proj"
+    with pytest.raises(RecipeError, match=f"{found}.*set student.expand to null"):
+        expand(build_student("vit_tiny_patch16_224", 10), torch.randn(1, 3, 224, 224))
+
+
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
 def test_models_with_branches_of_their_own_are_left_alone(name):
     model = build_student(name, 10)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(RecipeError, match="found pairs: none"):
+    with pytest.raises(RecipeError, match=r"found pairs: none; .*: \d+ with a re-parameterisation of their own \("):
         expand(model, torch.randn(1, 3, 64, 64))
     assert state.keys() == model.state_dict().keys()

@@ -8,8 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.recipe import Fraction, Model, ViewRecipe
 from trainer.losses import TailPolicy
-
-Kind = Literal["depthwise", "pointwise"]
+from trainer.students.build import Library
+from trainer.students.expand import Init
+from trainer.students.trace import Kind
 
 
 class DataRecipe(Model):
@@ -33,15 +34,19 @@ class ExpandRecipe(Model):
     kinds: tuple[Kind, ...] = ("depthwise", "pointwise")
     scale: bool = True
     identity: bool = True
+    init: Init = "zero_gamma"
 
 
 class StudentRecipe(Model):
-    """`expand: null` trains the plain network. `pretrained: true` starts from timm's published weights."""
+    """`expand: null` trains the plain network. `pretrained: true` starts from the library's published weights with, for
+    other classes than theirs, a fresh classifier; `checkpoint` from a local file, which must fit, or with
+    `pretrained: true` holds published weights."""
 
     model: str
-    library: Literal["timm"] = "timm"
+    library: Library = "timm"
     num_classes: int = Field(ge=2)
     pretrained: bool = False
+    checkpoint: str | None = None
     expand: ExpandRecipe | None = None
 
 

@@ -2,21 +2,20 @@
 
 from pathlib import Path
 
-import safetensors.torch
 import timm
 import timm.data
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, FormatError
 from trainer.recipe import TrainRecipe
 from trainer.students import build_student, expand
+from trainer.students.weights import load_weights, read_weights
 
 
 class Student(nn.Module):
-    """forward: uint8 [B, 3, S, S] -> logits [B, classes]. Weights are those of `network`, a plain timm model or its
-    expanded form; mean and std are the model's own."""
+    """forward: uint8 [B, 3, S, S] -> logits [B, classes]. Weights are those of `network`, a plain model or its
+    expanded form; mean and std are timm's for the model, and ImageNet's for torchvision's models."""
 
     mean: Tensor
     std: Tensor
@@ -33,19 +32,19 @@ class Student(nn.Module):
 
 
 def make_student(recipe: TrainRecipe, weights: Path | None = None) -> Student:
-    """The student of a recipe: with the weights of a file, or with initial ones that depend on the recipe alone.
+    """The student of a recipe: with the weights of a file, or with those that the recipe starts from.
 
     Raises RecipeError for an unknown model, DataError and FormatError for weights that do not fit.
     """
     torch.manual_seed(recipe.seed)
     wanted = recipe.student
-    pretrained = wanted.pretrained and weights is None
-    network = build_student(wanted.model, wanted.num_classes, library=wanted.library, pretrained=pretrained)
+    start = {} if weights else {"pretrained": wanted.pretrained, "checkpoint": wanted.checkpoint}
+    network = build_student(wanted.model, wanted.num_classes, library=wanted.library, **start)
     if wanted.expand:
         example = torch.zeros(1, 3, recipe.data.size, recipe.data.size)
         network = expand(network, example, **wanted.expand.model_dump())
     if weights:
-        _load(network, weights)
+        load_weights(network, read_weights(weights), str(weights), "this recipe's student")
     return Student(network).to(memory_format=torch.channels_last)
 
 
@@ -59,17 +58,3 @@ def load_exported(folder: Path) -> Student:
         return Student(timm.create_model(f"local-dir:{folder}", pretrained=True)).to(memory_format=torch.channels_last)
     except (OSError, RuntimeError, ValueError) as error:
         raise FormatError(f"{folder}: expected a model that timm loads, found: {error}; export again") from None
-
-
-def _load(network: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: expected student weights, found no file; train first, or correct the path")
-    try:
-        network.load_state_dict(safetensors.torch.load_file(path))
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path}: expected a .safetensors file, found: {error}; pickled weights are not read"
-        ) from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{path}: expected the weights of this recipe's student, found others: {reason}") from None

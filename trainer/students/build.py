@@ -2,36 +2,64 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import timm
 import torchvision.models
 from torch import nn
 
 from pipeline.errors import RecipeError
+from trainer.students.weights import load_plain_weights, read_weights
+
+Library = Literal["timm", "torchvision"]
+
+# GhostNetV3 (arXiv 2404.11202) is the body of GhostNetV2 trained with branches. timm's models called ghostnetv3_* have
+# branches of their own, which leave out one that the authors have and fold into a model of no stock name.
+GHOSTNETV3: dict[str, tuple[str, dict[str, Any]]] = {
+    "ghostnetv3_050": ("ghostnet_050", {"version": "v2"}),  # timm has a name for every width but this one
+    "ghostnetv3_100": ("ghostnetv2_100", {}),
+    "ghostnetv3_130": ("ghostnetv2_130", {}),
+    "ghostnetv3_160": ("ghostnetv2_160", {}),
+}
+
+# Auxiliary heads would make the output in training another one than logits.
+_NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
+_TORCHVISION_OPTIONS = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
 
 def build_student(
     model: str,
     num_classes: int,
     *,
-    library: Literal["timm", "torchvision"] = "timm",
+    library: Library = "timm",
     pretrained: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> nn.Module:
     """The stock model `model` of `library` with `num_classes` outputs: float32, on the CPU, in training mode.
 
     Input and output are the library's: images float32 [N, 3, H, W] -> logits float32 [N, num_classes].
+    ghostnetv3_050, _100, _130 and _160 are the bodies of GhostNetV2, which expand makes GhostNetV3; with a tag
+    (ghostnetv3_100.in1k) a name means timm's own model, which expand leaves alone.
+
     With `pretrained` the library's published weights are loaded (and downloaded where they are not
     cached); a classifier of another size than `num_classes` starts afresh. Without, nothing is downloaded.
+    `checkpoint` is a local .safetensors file, or a .pth file of tensors alone. With `pretrained` it stands for the
+    published weights; without, its classifier must fit, too.
 
     Raises RecipeError when the library or the model is unknown (naming near matches), when num_classes
-    is below 1, and when weights are asked for that do not exist or cannot be read.
+    is below 1, and when weights are asked for that do not exist or cannot be downloaded; DataError and FormatError
+    when `checkpoint` is missing, broken, or holds the weights of another model or of other classes.
     """
     if library not in _BUILDERS:
         raise RecipeError(f"student.library: expected one of {', '.join(_BUILDERS)}, found {library!r}")
     if num_classes < 1:
         raise RecipeError(f"student.num_classes: expected at least 1 class, found {num_classes}")
-    return _BUILDERS[library](model, num_classes, pretrained)
+    plain = _BUILDERS[library](model, num_classes, pretrained and checkpoint is None)
+    if checkpoint is not None:
+        weights = read_weights(checkpoint)
+        load_plain_weights(plain, weights, str(checkpoint), num_classes, fresh_classifier=pretrained)
+    return plain
 
 
 def _build_timm(model: str, num_classes: int, pretrained: bool) -> nn.Module:
@@ -39,32 +67,28 @@ def _build_timm(model: str, num_classes: int, pretrained: bool) -> nn.Module:
     names = timm.list_models(include_tags="." in model)
     if model not in names:
         raise _unknown("timm", model, names)
+    name, options = GHOSTNETV3.get(model, (model, {}))
     if not pretrained:
-        return timm.create_model(model, num_classes=num_classes)
-    if not timm.is_model_pretrained(model):
+        return timm.create_model(name, num_classes=num_classes, **options)
+    if not timm.is_model_pretrained(name):
         raise RecipeError(
             f"student.pretrained: timm has no weights for {model!r}; set it to false, "
             "or choose one of timm.list_models(pretrained=True)"
         )
-    return _with_weights(model, lambda: timm.create_model(model, num_classes=num_classes, pretrained=True))
+    return _with_weights(model, lambda: timm.create_model(name, num_classes=num_classes, pretrained=True, **options))
 
 
 def _build_torchvision(model: str, num_classes: int, pretrained: bool) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if model not in names:
         raise _unknown("torchvision", model, names)
-    plain = torchvision.models.get_model(model, weights=None, num_classes=num_classes)
+    options = _TORCHVISION_OPTIONS.get(model, {})
+    plain = torchvision.models.get_model(model, weights=None, num_classes=num_classes, **options)
     if pretrained:
         stock = _with_weights(model, lambda: torchvision.models.get_model(model, weights="DEFAULT"))
-        _load_all_but_the_classifier(plain, stock)
+        weights = {key: value for key, value in stock.state_dict().items() if not options or "aux" not in key.lower()}
+        load_plain_weights(plain, weights, model, num_classes, fresh_classifier=True)
     return plain
-
-
-def _load_all_but_the_classifier(model: nn.Module, stock: nn.Module) -> None:
-    """Copy the weights of `stock`, of the same architecture; only a classifier's shape depends on the classes."""
-    state = model.state_dict()
-    state.update({key: value for key, value in stock.state_dict().items() if value.shape == state[key].shape})
-    model.load_state_dict(state)
 
 
 def _with_weights(model: str, build: Callable[[], nn.Module]) -> nn.Module:

@@ -1,15 +1,20 @@
 """Expand: give the plain convolutions of a student parallel branches for the time of its training."""
 
+import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, few
 from trainer.students.branches import MultiBranchConv, has_identity, has_scale
-from trainer.students.trace import Kind, Pair, find_pairs
+from trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
 
-KINDS: tuple[Kind, ...] = ("depthwise", "pointwise")
+Init = Literal["zero_gamma", "split_gamma"]
+
+_logger = logging.getLogger(__name__)
 
 
 def expand(
@@ -17,48 +22,62 @@ def expand(
     example_input: Tensor,
     *,
     branches: int = 3,
-    kinds: Collection[str] = KINDS,
+    kinds: Collection[str] = ("depthwise", "pointwise"),
     scale: bool = True,
     identity: bool = True,
+    init: str = "zero_gamma",
 ) -> nn.Module:
     """Replace the convolution -> batch norm pairs of the given kinds by sums of branches; return the same model.
 
     Each of these convolutions gets `branches` parallel copies of its shape, with `scale` a 1 x 1 branch (where its
     kernel is larger), with `identity` an identity branch (where input and output agree), each with its
     own batch norm (RepVGG, arXiv 2101.03697; MobileOne, 2206.04040; the recipe of GhostNetV3, 2404.11202).
-    A pair that would get no second branch stays as it is. Branch 0 keeps what the pair has learnt, the others start
-    with gamma 0: right after expand the model computes exactly what it computed before, in both modes.
-    The weights of the new branches come from torch's global random generator.
+    A pair that would get no second branch stays as it is. The kinds are depthwise (one group for each input channel),
+    pointwise (1 x 1 in one group), dense (k x k in one group) and grouped.
+
+    Right after expand the model computes what it computed before, in both modes. With `init` zero_gamma, exactly:
+    branch 0 keeps what the pair has learnt, and the others start with random weights and gamma 0. With split_gamma, up
+    to rounding: every branch of the convolution's shape starts as a copy of the pair with a random part of its gamma
+    and beta (Net2Net, arXiv 1511.05641), and the 1 x 1 and identity branches with gamma 0. Random numbers come from
+    torch's global generator.
 
     `example_input` is one batch that the model takes, on its device and in its dtype (float [1, 3, H, W] for
     classifiers of images); see find_pairs for what is found with it. Expand before the model is wrapped (DDP),
     compiled or converted to SyncBatchNorm, and before its optimizer is made. Hooks on replaced modules no longer run.
 
-    Raises RecipeError, with the model unchanged, when branches is below 1, a kind is unknown, the model rejects
+    One line in the log of this module says what was expanded and which convolutions of these kinds were left alone: a
+    warning where one of them is shared or its output is read more than once, otherwise at level INFO.
+
+    Raises RecipeError, with the model unchanged, when branches is below 1, a kind or init is unknown, the model rejects
     `example_input`, or there is nothing to expand.
     """
-    _check_arguments(branches, kinds)
-    pairs = _pairs_of(model, example_input)
-    chosen = [pair for pair in pairs if pair.kind in kinds and _gains(model, pair, branches, scale, identity)]
+    _check_arguments(branches, kinds, init)
+    found = _find(model, example_input)
+    chosen = [pair for pair in found.pairs if pair.kind in kinds and _gains(model, pair, branches, scale, identity)]
     if not chosen:
-        raise RecipeError(_nothing_to_expand(model, pairs, branches, kinds, scale, identity))
+        raise RecipeError(_nothing_to_expand(model, found, branches, kinds, scale, identity))
     for pair in chosen:
-        _expand_pair(model, pair, branches, scale, identity)
+        expanded = _expand_pair(model, pair, branches, scale, identity)
+        if init == "split_gamma":
+            _split_gamma(expanded)
+    _report(chosen, [conv for conv in found.left_alone if conv.kind in kinds])
     return model
 
 
-def _check_arguments(branches: int, kinds: Collection[str]) -> None:
+def _check_arguments(branches: int, kinds: Collection[str], init: str) -> None:
     if branches < 1:
         raise RecipeError(f"student.expand.branches: expected at least 1, found {branches}")
-    known = ", ".join(KINDS)
+    known = ", ".join(get_args(Kind))
     if isinstance(kinds, str) or not kinds:
         raise RecipeError(f"student.expand.kinds: expected a list with some of {known}, found {kinds!r}")
     for kind in kinds:
-        if kind not in KINDS:
+        if kind not in get_args(Kind):
             raise RecipeError(f"student.expand.kinds: expected some of {known}, found {kind!r}")
+    if init not in get_args(Init):
+        raise RecipeError(f"student.expand.init: expected one of {', '.join(get_args(Init))}, found {init!r}")
 
 
-def _pairs_of(model: nn.Module, example_input: Tensor) -> list[Pair]:
+def _find(model: nn.Module, example_input: Tensor) -> Found:
     try:
         return find_pairs(model, example_input)
     except Exception as error:  # a model may raise anything for an input that it does not take
@@ -75,23 +94,62 @@ def _gains(model: nn.Module, pair: Pair, branches: int, scale: bool, identity: b
     return branches > 1 or (scale and has_scale(conv)) or (identity and has_identity(conv))
 
 
-def _expand_pair(model: nn.Module, pair: Pair, branches: int, scale: bool, identity: bool) -> None:
+def _expand_pair(model: nn.Module, pair: Pair, branches: int, scale: bool, identity: bool) -> MultiBranchConv:
     conv, bn = model.get_submodule(pair.conv), model.get_submodule(pair.bn)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(bn, nn.BatchNorm2d)
     expanded = MultiBranchConv(conv, bn, branches=branches, scale=scale, identity=identity)
     model.set_submodule(pair.conv, expanded)
     model.set_submodule(pair.bn, expanded.plain.after)
+    return expanded
+
+
+@torch.no_grad()
+def _split_gamma(expanded: MultiBranchConv) -> None:
+    """Make every k x k branch a copy of the first, with a part of its gamma and beta that differs between channels:
+    copies with equal parts would stay copies."""
+    first, *others = expanded.conv_bns()
+    gamma, beta, mean = first.bn.weight.clone(), first.bn.bias.clone(), first.bn.running_mean
+    assert mean is not None
+    parts = torch.rand(1 + len(others), len(gamma)).to(gamma) + 0.5
+    parts = parts / parts.sum(0)
+    for branch in others:
+        branch.conv.weight.copy_(first.conv.weight)
+        branch.bn.load_state_dict(first.bn.state_dict())
+        if first.conv.bias is not None:  # the others have none: only their running means know it
+            assert branch.bn.running_mean is not None
+            branch.bn.running_mean.sub_(first.conv.bias)
+    for branch, part in zip((first, *others), parts, strict=True):
+        branch.bn.weight.copy_(gamma * part)
+        branch.bn.bias.copy_(beta * part)
+
+
+def _report(chosen: Sequence[Pair], left_alone: Sequence[LeftAlone]) -> None:
+    level = logging.WARNING if any(conv.reason == SHARED for conv in left_alone) else logging.INFO
+    text = "student.expand: convolutions with branches: %s; left alone: %s"
+    _logger.log(level, text, _counts(chosen), _listing(left_alone))
+
+
+def _counts(convs: Sequence[Pair | LeftAlone]) -> str:
+    """'17 depthwise, 34 pointwise' or 'none'."""
+    counts = Counter(conv.kind for conv in convs)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
+
+
+def _listing(left_alone: Sequence[LeftAlone]) -> str:
+    """What was left alone, by reason."""
+    names: dict[str, list[str]] = {}
+    for conv in left_alone:
+        names.setdefault(conv.reason, []).append(conv.conv)
+    return ", ".join(f"{len(convs)} {reason} ({few(convs)})" for reason, convs in names.items()) or "none"
 
 
 def _nothing_to_expand(
-    model: nn.Module, pairs: list[Pair], branches: int, kinds: Collection[str], scale: bool, identity: bool
+    model: nn.Module, found: Found, branches: int, kinds: Collection[str], scale: bool, identity: bool
 ) -> str:
-    counts = Counter(pair.kind for pair in pairs)
-    found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
     return (
         f"student.expand: expected convolution -> batch norm pairs of kind {' or '.join(kinds)} in "
         f"{type(model).__name__} that gain from branches={branches}, scale={scale}, identity={identity}; "
-        f"found pairs: {found} (without shared, already expanded and self-re-parameterising modules); "
+        f"found pairs: {_counts(found.pairs)}; convolutions left alone: {_listing(found.left_alone)}; "
         "change kinds or branches, or set student.expand to null"
     )

@@ -6,10 +6,10 @@ the very tensor that the convolution returned, and nothing else reads it.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
@@ -44,6 +44,15 @@ _METADATA = {
 }
 
 
+# Why a convolution is left alone; each goes on from "N convolutions ".
+OWN_BRANCHES = "with a re-parameterisation of their own"
+OWN_ARITHMETIC = "that compute something of their own or pad with other values than zeros"
+SEVERAL_NAMES = "known under several names"
+NOT_RUN = "that did not run"
+NO_BATCH_NORM = "without a batch norm that can be folded"
+SHARED = "whose weight, output or batch norm is read more than once"
+
+
 @dataclass(frozen=True)
 class Pair:
     """A convolution and the batch norm that alone reads its output, by their names in the model."""
@@ -53,8 +62,24 @@ class Pair:
     kind: Kind
 
 
-def find_pairs(model: nn.Module, example_input: Tensor) -> list[Pair]:
-    """The conv -> batch norm pairs of `model` that can be expanded and folded, in the order of their execution.
+@dataclass(frozen=True)
+class LeftAlone:
+    """A convolution, by its name in the model, that is in no pair, and the reason, one of those above."""
+
+    conv: str
+    kind: Kind
+    reason: str
+
+
+class Found(NamedTuple):
+    """The pairs, in the order of their execution, and every other convolution."""
+
+    pairs: list[Pair]
+    left_alone: list[LeftAlone]
+
+
+def find_pairs(model: nn.Module, example_input: Tensor) -> Found:
+    """The conv -> batch norm pairs of `model` that can be expanded and folded, and why its other convolutions cannot.
 
     `example_input` (what the model takes, on its device and in its dtype; one image is enough) is run once in
     evaluation mode without gradients; modes, buffers and hooks are afterwards as they were, also when the model raises.
@@ -63,16 +88,22 @@ def find_pairs(model: nn.Module, example_input: Tensor) -> list[Pair]:
     and both weights are read exactly once in the whole run. So shared modules, tied weights and outputs that
     something else reads are left out; so are modules known under two names, subclasses that compute something of their
     own, batch norms without affine parameters or running statistics, and everything inside a module
-    that brings its own re-parameterisation or is already expanded.
+    that brings its own re-parameterisation. What is already expanded is neither a pair nor left alone.
     """
-    names = _candidate_names(model)
+    candidates, reasons = _candidates(model)
     reads = _ReadCounter()
-    pairs = _run(model, example_input, names, reads)
-    return [
-        Pair(names[conv], names[bn], conv_kind(conv))
-        for conv, bn, output in pairs
-        if all(reads.count(tensor) == 1 for tensor in (output, conv.weight, bn.weight))
-    ]
+    joined = _run(model, example_input, candidates, reads)
+    for conv in candidates:
+        if isinstance(conv, nn.Conv2d):
+            reasons[conv] = NO_BATCH_NORM if reads.count(conv.weight) else NOT_RUN
+    pairs = []
+    for conv, bn, output in joined:
+        reasons[conv] = SHARED
+        if all(reads.count(tensor) == 1 for tensor in (output, conv.weight, bn.weight)):
+            pairs.append(Pair(candidates[conv], candidates[bn], conv_kind(conv)))
+            del reasons[conv]
+    names = {module: name for name, module in model.named_modules()}
+    return Found(pairs, [LeftAlone(names[conv], conv_kind(conv), reason) for conv, reason in reasons.items()])
 
 
 def conv_kind(conv: nn.Conv2d) -> Kind:
@@ -82,29 +113,43 @@ def conv_kind(conv: nn.Conv2d) -> Kind:
     return "depthwise" if conv.groups == conv.in_channels else "grouped"
 
 
-def _candidate_names(model: nn.Module) -> dict[PlainModule, str]:
-    """Every convolution and batch norm that may be replaced, with its name."""
-    entries = list(model.named_modules(remove_duplicate=False))
-    times_named = Counter(module for _, module in entries)
-    closed = tuple(f"{name}." for name, module in entries if name and _reparameterises_itself(module))
-    return {
-        module: name
-        for name, module in entries
-        if _is_plain(module) and times_named[module] == 1 and not name.startswith(closed)
-    }
+def _candidates(model: nn.Module) -> tuple[dict[PlainModule, str], dict[nn.Conv2d, str]]:
+    """Every convolution and batch norm that may be replaced, with its name; every other convolution, with a reason."""
+    times_named = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    own_branches = _inside(model, lambda module: any(hasattr(module, name) for name in _OWN_REPARAMETERISATION))
+    expanded = _inside(model, lambda module: isinstance(module, MultiBranchConv))
+    candidates: dict[PlainModule, str] = {}
+    reasons: dict[nn.Conv2d, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, PlainModule) or module in expanded:
+            continue
+        if module in own_branches:
+            reason = OWN_BRANCHES
+        elif times_named[module] > 1:
+            reason = SEVERAL_NAMES
+        elif not _is_plain(module):
+            reason = OWN_ARITHMETIC
+        else:
+            candidates[module] = name
+            continue
+        if isinstance(module, nn.Conv2d):
+            reasons[module] = reason
+    return candidates, reasons
 
 
-def _reparameterises_itself(module: nn.Module) -> bool:
-    return isinstance(module, MultiBranchConv) or any(hasattr(module, name) for name in _OWN_REPARAMETERISATION)
+def _inside(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> set[nn.Module]:
+    """All modules in those parts of `model` that are as wanted; the whole model is no part of itself."""
+    parts = (part for part in model.modules() if part is not model and wanted(part))
+    return {module for part in parts for module in part.modules()}
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[PlainModule]:
+def _is_plain(module: PlainModule) -> bool:
     if isinstance(module, nn.Conv2d):
-        # Other paddings than zeros put values of the image where a 1 x 1 branch would have to put zeros.
-        return type(module) in _CONVOLUTIONS and module.padding_mode == "zeros"
-    if isinstance(module, nn.BatchNorm2d):
-        return type(module) in _BATCH_NORMS and module.affine and module.track_running_stats
-    return False
+        # Other paddings than zeros put values of the image where a 1 x 1 branch would have to put zeros; a weight that
+        # a hook makes (spectral_norm) is no parameter.
+        plain = type(module) in _CONVOLUTIONS and isinstance(module.weight, nn.Parameter)
+        return plain and module.padding_mode == "zeros"
+    return type(module) in _BATCH_NORMS and module.affine and module.track_running_stats
 
 
 class _ReadCounter(TorchFunctionMode):
