@@ -15,6 +15,12 @@ HOMES = {
     "numcodecs": {"pipeline/wds_store.py"},
     "webdataset": set(),  # stock webdataset reads the shards; nothing here needs it
     "pyarrow": {"pipeline/parquet.py"},
+    "onnx": {"trainer/formats/onnx_file.py"},
+    "onnxruntime": {"trainer/formats/onnx_file.py"},
+    "onnxscript": set(),  # torch.onnx needs it
+    "executorch": {"trainer/formats/executorch_file.py"},
+    "coremltools": {"trainer/formats/coreml_file.py"},
+    "matplotlib": {"trainer/latency.py"},
 }
 # what a student's machine needs of the pipeline: its contracts, never the stages that make them
 CONTRACTS = {

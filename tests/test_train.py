@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -7,12 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 from small_runs import TRAIN, label_recipe, launch, make_inputs, pack_folder, train_recipe, write_digits, write_recipe
 
@@ -23,7 +20,6 @@ from pipeline.label import label
 from trainer.checkpoint import CHECKPOINT, METRICS, WEIGHTS
 from trainer.data import open_training_set, share
 from trainer.evaluate import evaluate
-from trainer.export import export
 from trainer.student import make_student
 from trainer.train import train
 
@@ -304,48 +300,7 @@ def test_hard_labels_alone_train_a_plain_network(inputs: Path, other_run: Path) 
     assert result.images == 20
 
 
-@pytest.fixture(scope="module")
-def folder(run: Path) -> Path:
-    export(run, run.parent / "exported")
-    return run.parent / "exported"
-
-
-class TestExport:
-    def test_stock_timm_loads_the_folder_and_predicts_as_the_run_does(
-        self, inputs: Path, run: Path, folder: Path
-    ) -> None:
-        stock: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        plain = timm.create_model("mobilenetv2_035", num_classes=10)
-        plain.load_state_dict(stock.state_dict(), strict=True)
-        recipe = train_recipe(inputs)
-        student = make_student(recipe, run / WEIGHTS).eval()
-        images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        mean, std = (torch.tensor(stock.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-        with torch.inference_mode():
-            # float32 sums in another order; parity in float64 is asserted by export itself
-            torch.testing.assert_close(stock((images / 255 - mean) / std), student(images), rtol=1e-4, atol=1e-4)
-
-    def test_the_folder_says_how_to_use_the_model(self, folder: Path) -> None:
-        settings = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-        assert settings["input_size"] == [3, 32, 32]
-        assert settings["crop_pct"] == 1.0
-        assert settings["num_classes"] == 10
-
-    def test_evaluations_of_run_and_folder_agree(self, inputs: Path, run: Path, folder: Path) -> None:
-        recipe = train_recipe(inputs)
-        one, two = evaluate(recipe, run / WEIGHTS), evaluate(recipe, folder)
-        assert one.predictions == two.predictions
-        assert one.parameters > two.parameters
-
-    def test_nothing_is_overwritten_and_nothing_half_written(self, run: Path, folder: Path) -> None:
-        with pytest.raises(DataError, match=r"expected a new folder, found one that exists"):
-            export(run, folder)
-        assert not [name for name in os.listdir(folder.parent) if name.startswith(".exported")]
-
-    def test_an_unfinished_run_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"expected a finished run with recipe.yaml and model.safetensors"):
-            export(tmp_path, tmp_path / "out")
-
+class TestWeights:
     def test_weights_of_another_student_are_refused(self, inputs: Path, run: Path) -> None:
         recipe = train_recipe(inputs, ("student.model", "mobilenetv2_050"))
         with pytest.raises(DataError, match=r"expected the weights of this recipe's student, found others"):

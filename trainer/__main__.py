@@ -37,11 +37,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from trainer.export import export
 
-    result = export(arguments.run_folder, arguments.out)
+    exported = export(arguments.run_folder, arguments.out, arguments.formats)
     print(
-        f"{arguments.out}: {result['parameters_trained']} parameters folded to {result['parameters_folded']}, "
-        f"largest relative difference {result['difference']:.1e} in float64"
+        f"{arguments.out}: {exported.trained.parameters} parameters folded to {exported.folded.parameters}, "
+        f"largest relative difference {exported.fold_difference:.1e} in float64"
     )
+    for name, figures in exported.formats.items():
+        found = "not evaluated, since this system does not run it"
+        if figures.top1 is not None:
+            found = f"top-1 {figures.top1:.2f} %, {figures.agreement:.2f} % of {exported.images} predicted the same"
+        print(f"{name}: {arguments.out / figures.file}, {figures.bytes / 1e6:.1f} MB, {found}")
     return 0
 
 
@@ -56,9 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--weights", type=Path, required=True, help="a run's model.safetensors, or an exported folder"
     )
     evaluating.add_argument("--json", type=Path, help="write the figures and all predictions to this file")
-    exporting = add_verb(verbs, "export", "fold a run's student and write a timm folder", _export, config=False)
+    exporting = add_verb(verbs, "export", "fold a run's student, write and evaluate it", _export, config=False)
     exporting.add_argument("--run", type=Path, required=True, dest="run_folder")
     exporting.add_argument("--out", type=Path, required=True)
+    exporting.add_argument(
+        "--formats",
+        type=lambda text: text.split(","),
+        default=[],
+        help="comma-separated: timm or torchvision (always written), onnx, int8, executorch, coreml",
+    )
     return run(parser, arguments)
 
 

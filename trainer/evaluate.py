@@ -1,5 +1,6 @@
 """Predictions of a student on the centre view of a packed validation set."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from pipeline.launch import make_accelerator
 from pipeline.loader import ViewLoader
 from pipeline.views.geometry import CENTRE
 from trainer.data import open_validation_set
+from trainer.formats.contract import Predictor
+from trainer.formats.folder import load_folder
 from trainer.recipe import TrainRecipe
-from trainer.student import Student, load_exported, make_student
+from trainer.student import Student, make_student
 
 
 def validation_loader(recipe: TrainRecipe, beton: Beton, accelerator: Accelerator) -> ViewLoader:
@@ -53,12 +56,46 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
-    """Evaluate a run's weights (.safetensors, of the student as trained) or an exported folder (through stock timm)."""
+    """Evaluate a run's weights (.safetensors, of the student as trained) or an exported folder (through stock timm or
+    torchvision)."""
     accelerator = make_accelerator("evaluate")
     beton = open_validation_set(recipe)
-    student = load_exported(weights) if weights.is_dir() else make_student(recipe, weights)
+    student = Student(load_folder(weights)) if weights.is_dir() else make_student(recipe, weights)
     loader = validation_loader(recipe, beton, accelerator)
     predicted = predict(accelerator, student.to(accelerator.device), loader, np.arange(len(beton)))
     right = int((predicted == torch.from_numpy(beton.labels)).sum())
     parameters = sum(parameter.numel() for parameter in student.parameters())
     return Evaluation(100 * right / len(beton), len(beton), parameters, predicted.tolist())
+
+
+class Comparison(NamedTuple):
+    """top1, and agreement of predictions with those of a reference, in percent; the largest difference from its logits,
+    relative to the largest of them."""
+
+    top1: float
+    agreement: float
+    difference: float
+
+
+@torch.inference_mode()
+def compare(
+    reference: Predictor, others: Mapping[str, Predictor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Comparison]:
+    """Each of `others` against the reference, in one pass over batches of normalised images, float32 [N, 3, S, S], and
+    hard labels, int64 [N]."""
+    images, largest = 0, torch.zeros(())
+    right, same = dict.fromkeys(others, 0), dict.fromkeys(others, 0)
+    difference = dict.fromkeys(others, torch.zeros(()))  # torch's maximum keeps a nan
+    for pixels, labels in batches:
+        expected = reference(pixels)
+        images, largest = images + len(labels), torch.maximum(largest, expected.abs().max())
+        for name, predictor in others.items():
+            found = predictor(pixels)
+            predicted = found.argmax(dim=1)
+            right[name] += int((predicted == labels).sum())
+            same[name] += int((predicted == expected.argmax(dim=1)).sum())
+            difference[name] = torch.maximum(difference[name], (found - expected).abs().max())
+    return {
+        name: Comparison(100 * right[name] / images, 100 * same[name] / images, float(difference[name] / largest))
+        for name in others
+    }
