@@ -57,8 +57,8 @@ def build_student(
         raise RecipeError(f"student.num_classes: expected at least 1 class, found {num_classes}")
     plain = _BUILDERS[library](model, num_classes, pretrained and checkpoint is None)
     if checkpoint is not None:
-        weights = read_weights(checkpoint)
-        load_plain_weights(plain, weights, str(checkpoint), num_classes, fresh_classifier=pretrained)
+        weights, where = read_weights(checkpoint), str(checkpoint)
+        load_plain_weights(plain, weights, where, model=model, num_classes=num_classes, fresh_classifier=pretrained)
     return plain
 
 
@@ -87,7 +87,7 @@ def _build_torchvision(model: str, num_classes: int, pretrained: bool) -> nn.Mod
     if pretrained:
         stock = _with_weights(model, lambda: torchvision.models.get_model(model, weights="DEFAULT"))
         weights = {key: value for key, value in stock.state_dict().items() if not options or "aux" not in key.lower()}
-        load_plain_weights(plain, weights, model, num_classes, fresh_classifier=True)
+        load_plain_weights(plain, weights, model, model=model, num_classes=num_classes, fresh_classifier=True)
     return plain
 
 

@@ -49,9 +49,15 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: str, 
 
 
 def load_plain_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], where: str, num_classes: int, *, fresh_classifier: bool
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    where: str,
+    *,
+    model: str,
+    num_classes: int,
+    fresh_classifier: bool,
 ) -> None:
-    """Load weights, in the library's or in timm's authors' layout, into a plain student of `num_classes` outputs.
+    """Load weights, in the library's layout or in one that timm converts, into the plain `model` of `num_classes`.
 
     With `fresh_classifier` a classifier of other classes keeps its initial weights. Raises DataError otherwise and
     when the weights are of another architecture.
@@ -72,7 +78,7 @@ def load_plain_weights(
             "student.num_classes, or set student.pretrained to true to start with a fresh classifier"
         )
     fitting = {**weights, **other_classes} if fresh_classifier else weights
-    load_weights(network, fitting, where, f"a plain {type(network).__name__} as student.model says")
+    load_weights(network, fitting, where, f"a plain {model}")
 
 
 def _without_outputs(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
