@@ -1,5 +1,6 @@
 """The training loop: views and their stored soft labels in, a student out; the teacher is not here."""
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ def train(recipe: TrainRecipe) -> bool:
     Raises DataError when data, store and recipe do not fit together or the loss is not finite.
     """
     accelerator = make_accelerator("train")
+    _show_log(accelerator)
     training, validation = open_training_set(recipe), open_validation_set(recipe)
     if recipe.batch_size % accelerator.num_processes:
         raise DataError(
@@ -61,6 +63,12 @@ def train(recipe: TrainRecipe) -> bool:
         save_weights(folder, state.evaluated.network)
     accelerator.wait_for_everyone()
     return True
+
+
+def _show_log(accelerator: Accelerator) -> None:
+    """Let one process say what the trainer's modules log: what expand did and what it left alone."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trainer").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
 
 
 @dataclass
