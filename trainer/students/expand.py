@@ -38,8 +38,8 @@ def expand(
     Right after expand the model computes what it computed before, in both modes. With `init` zero_gamma, exactly:
     branch 0 keeps what the pair has learnt, and the others start with random weights and gamma 0. With split_gamma, up
     to rounding: every branch of the convolution's shape starts as a copy of the pair with a random part of its gamma
-    and beta (Net2Net, arXiv 1511.05641), and the 1 x 1 and identity branches with gamma 0. Random numbers come from
-    torch's global generator.
+    and an equal part of its beta (Net2Net, arXiv 1511.05641), and the 1 x 1 and identity branches with gamma 0. Random
+    numbers come from torch's global generator.
 
     `example_input` is one batch that the model takes, on its device and in its dtype (float [1, 3, H, W] for
     classifiers of images); see find_pairs for what is found with it. Expand before the model is wrapped (DDP),
@@ -106,22 +106,21 @@ def _expand_pair(model: nn.Module, pair: Pair, branches: int, scale: bool, ident
 
 @torch.no_grad()
 def _split_gamma(expanded: MultiBranchConv) -> None:
-    """Make every k x k branch a copy of the first, with a part of its gamma and beta that differs between channels:
-    copies with equal parts would stay copies."""
+    """Make every k x k branch a copy of the first, with an equal part of its gamma and beta; then shift the gammas by
+    random numbers that cancel out. Copies with equal gammas would stay copies, as those at gamma 0 would."""
     first, *others = expanded.conv_bns()
-    gamma, beta, mean = first.bn.weight.clone(), first.bn.bias.clone(), first.bn.running_mean
-    assert mean is not None
-    parts = torch.rand(1 + len(others), len(gamma)).to(gamma) + 0.5
-    parts = parts / parts.sum(0)
+    count, gamma, beta = 1 + len(others), first.bn.weight.clone(), first.bn.bias.clone()
+    shifts = (torch.rand(count, len(gamma)).to(gamma) - 0.5) / count
+    shifts = shifts - shifts.mean(0)
     for branch in others:
         branch.conv.weight.copy_(first.conv.weight)
         branch.bn.load_state_dict(first.bn.state_dict())
         if first.conv.bias is not None:  # the others have none: only their running means know it
             assert branch.bn.running_mean is not None
             branch.bn.running_mean.sub_(first.conv.bias)
-    for branch, part in zip((first, *others), parts, strict=True):
-        branch.bn.weight.copy_(gamma * part)
-        branch.bn.bias.copy_(beta * part)
+    for branch, shift in zip((first, *others), shifts, strict=True):
+        branch.bn.weight.copy_(gamma / count + shift)
+        branch.bn.bias.copy_(beta / count)
 
 
 def _report(chosen: Sequence[Pair], left_alone: Sequence[LeftAlone]) -> None:
