@@ -9,7 +9,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
-from trainer.students import build_student, expand
+from trainer.students import build_student, expand, fold
 from trainer.students.trace import Kind
 
 # Odd sizes make stride 2 and "same" padding fall differently on the two sides.
@@ -135,3 +135,9 @@ def train(model, steps):
 
 def small_trained():
     return train(randomise(small_expanded()), 3)
+
+
+def assert_folds_into_a_stock_model(expanded):
+    plain = small(seed=9).double().eval()
+    plain.load_state_dict(fold(expanded).state_dict(), strict=True)
+    assert difference(expanded, plain, small_images()) <= 1e-12

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_students import (
+    assert_folds_into_a_stock_model,
     difference,
     each_model,
     images,
@@ -108,12 +109,6 @@ def test_any_layer_starts_equal_and_folds_exactly(layer):
 
 
 # What happens to a model between expand and fold
-
-
-def assert_folds_into_a_stock_model(expanded):
-    plain = small(seed=9).double().eval()
-    plain.load_state_dict(fold(expanded).state_dict(), strict=True)
-    assert difference(expanded, plain, small_images()) <= 1e-12
 
 
 def reloaded(model):

@@ -1,0 +1,129 @@
+"""Expanded students under what wraps a model in training: mixed precision, channels_last, checkpointing, DDP."""
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_students import (
+    assert_folds_into_a_stock_model,
+    calibrate,
+    difference,
+    expanded,
+    images,
+    randomise,
+    small_expanded,
+    small_images,
+    stock,
+)
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from workers import FORKS
+
+from trainer.students import expand, fold
+from trainer.students.trace import find_pairs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAME = "mobilenetv2_100"
+
+
+def test_mixed_precision_keeps_statistics_and_weights_in_float32():
+    model = calibrate(randomise(expanded(stock(NAME), NAME)), images(NAME, 8))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images(NAME, 8, seed=1))
+        assert output.dtype == torch.bfloat16
+        output.float().square().mean().backward()
+    optimizer.step()
+    after = model.eval().state_dict()
+    assert all(value.dtype in (torch.float32, torch.int64) and value.isfinite().all() for value in after.values())
+    still = [key for key, value in after.items() if torch.equal(value, before[key])]
+    assert not [key for key in still if "running" in key or "weight" in key], "everything learns"
+    x = images(NAME, 4, seed=2)
+    assert difference(model, fold(model), x) <= 1e-3  # the statistics are one step old
+    with torch.autocast("cpu", torch.bfloat16):
+        assert difference(model, fold(model), x) <= 0.2  # bfloat16 has 8 bits
+
+
+def test_channels_last_computes_the_same():
+    model = calibrate(randomise(expanded(stock(NAME), NAME)).double(), images(NAME, 8).double())
+    x = images(NAME, 4, seed=2).double()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    y = x.to(memory_format=torch.channels_last)
+    for training in (False, True):
+        model.train(training)
+        other.train(training)
+        outputs = []
+        for each, batch in ((model, x), (other, y)):
+            torch.manual_seed(0)  # for dropout
+            outputs.append(each(batch))
+            outputs[-1].square().sum().backward()
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    for (key, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6 * a.grad.abs().max().item(), msg=key)
+    assert difference(other.eval(), fold(other), y) <= 1e-12
+
+
+def test_gradient_checkpointing_is_what_it_is_in_the_plain_model():
+    """It runs blocks twice, so that running statistics move twice: in stock timm and here alike."""
+    plain: Any = calibrate(randomise(stock(NAME)), images(NAME, 8)).double().train()
+    plain.set_grad_checkpointing()
+    kept = copy.deepcopy(plain)
+    names = {**dict(kept.named_buffers()), **dict(kept.named_parameters())}
+    model: Any = expand(kept, images(NAME, 1).double())
+    assert find_pairs(plain, images(NAME, 1).double()) == find_pairs(stock(NAME), images(NAME, 1))
+    without = copy.deepcopy(model)
+    without.set_grad_checkpointing(False)
+    outputs = []
+    for each in (plain, model, without):
+        torch.manual_seed(0)
+        outputs.append(each(images(NAME, 4).double()))
+        outputs[-1].square().sum().backward()
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2])
+    assert all(torch.equal(buffer, names[key]) for key, buffer in plain.named_buffers())
+    assert {int(value) for key, value in plain.state_dict().items() if key.endswith("tracked")} == {2, 3}
+    for a, b in zip(model.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_two_processes_train_one_student(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    workers = [FORKS.Process(target=train_in_a_process, args=(rank, address, tmp_path)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    models = [small_expanded(seed=5) for _ in range(2)]
+    for model, state in zip(models, (one, two), strict=True):
+        model.load_state_dict(state, strict=True)
+        assert_folds_into_a_stock_model(model.eval())
+    start = randomise(small_expanded(seed=0))
+    for (key, a), b, before in zip(
+        models[0].named_parameters(), models[1].parameters(), start.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), key
+        if key.endswith("weight"):  # a batch norm further on takes biases away again
+            assert not torch.equal(a, before), f"{key} did not learn"
+
+
+def train_in_a_process(rank: int, address: str, folder: Path) -> None:
+    """Three steps of DDP, which stops at parameters without gradients; each process has images of its own."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model = DistributedDataParallel(randomise(small_expanded(seed=rank)))  # rank 0's weights for all
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(3):
+        optimizer.zero_grad()
+        (model(small_images(seed=2 * step + rank)) - 1).square().mean().backward()
+        optimizer.step()
+    torch.save(model.module.state_dict(), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
