@@ -16,7 +16,7 @@ Library = Literal["timm", "torchvision"]
 
 # GhostNetV3 (arXiv 2404.11202) is the body of GhostNetV2 trained with branches. timm's models called ghostnetv3_* have
 # branches of their own, which leave out one that the authors have and fold into a model of no stock name.
-GHOSTNETV3: dict[str, tuple[str, dict[str, Any]]] = {
+_GHOSTNETV3: dict[str, tuple[str, dict[str, Any]]] = {
     "ghostnetv3_050": ("ghostnet_050", {"version": "v2"}),  # timm has a name for every width but this one
     "ghostnetv3_100": ("ghostnetv2_100", {}),
     "ghostnetv3_130": ("ghostnetv2_130", {}),
@@ -67,7 +67,7 @@ def _build_timm(model: str, num_classes: int, pretrained: bool) -> nn.Module:
     names = timm.list_models(include_tags="." in model)
     if model not in names:
         raise _unknown("timm", model, names)
-    name, options = GHOSTNETV3.get(model, (model, {}))
+    name, options = _GHOSTNETV3.get(model, (model, {}))
     if not pretrained:
         return timm.create_model(name, num_classes=num_classes, **options)
     if not timm.is_model_pretrained(name):
@@ -97,7 +97,7 @@ def _with_weights(model: str, build: Callable[[], nn.Module]) -> nn.Module:
     except OSError as error:  # what urllib and huggingface_hub raise for the network and for the disk
         raise RecipeError(
             f"student.pretrained: the weights of {model!r} are not in the cache and could not be downloaded "
-            f"({error}); connect once, or set it to false"
+            f"({error}); connect once, give a file as student.checkpoint, or set it to false"
         ) from error
 
 
