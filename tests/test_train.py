@@ -306,10 +306,11 @@ class TestWeights:
         with pytest.raises(DataError, match=r"expected the weights of this recipe's student, found others"):
             evaluate(recipe, run / WEIGHTS)
 
-    def test_weights_that_are_not_safetensors_are_refused(self, inputs: Path, tmp_path: Path) -> None:
-        torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
-        with pytest.raises(FormatError, match=r"expected a .safetensors file, found: .* pickled weights are not read"):
+    def test_weights_with_pickled_code_are_refused(self, inputs: Path, tmp_path: Path) -> None:
+        torch.save({"a": _Evil(tmp_path / "ran")}, tmp_path / "weights.pt")
+        with pytest.raises(FormatError, match=r"weights.pt: expected a .safetensors file, .* pickled code is not read"):
             evaluate(train_recipe(inputs), tmp_path / "weights.pt")
+        assert not (tmp_path / "ran").exists()
 
 
 class _Evil:

@@ -1,4 +1,4 @@
-"""python -m trainer VERB: train a student from shards, evaluate it, fold and export it."""
+"""python -m trainer VERB: train a student from shards, evaluate it, fold and export it, time it."""
 
 import argparse
 import json
@@ -50,6 +50,21 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _latency(arguments: argparse.Namespace) -> int:
+    from trainer.formats import require
+    from trainer.latency import latency, plot, save_json, table
+
+    if arguments.plot:
+        require("--plot", ("matplotlib",), "plot")
+    latencies = latency(arguments.export, arguments.rounds)
+    print(table(latencies))
+    if arguments.json:
+        save_json(latencies, arguments.json)
+    if arguments.plot:
+        plot(latencies, arguments.plot)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -70,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="comma-separated: timm or torchvision (always written), onnx, int8, executorch, coreml",
     )
+    timing = add_verb(verbs, "latency", "time an exported student on one thread", _latency, config=False)
+    timing.add_argument("--export", type=Path, required=True, help="a folder that export wrote")
+    timing.add_argument("--rounds", type=int, default=50, help="how often each format is timed, in turns")
+    timing.add_argument("--json", type=Path, help="write the figures of all rounds to this file")
+    timing.add_argument("--plot", type=Path, help="write a PNG of latency against MACs to this file")
     return run(parser, arguments)
 
 

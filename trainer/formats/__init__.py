@@ -41,16 +41,15 @@ def chosen_formats(names: Sequence[str], library: str) -> list[str]:
     wanted = {needed for name in names if name in FORMATS for needed in (name, *FORMATS[name].needs)}
     chosen = [name for name in FORMATS if name in wanted]
     for name in chosen:
-        require(name)
+        require(name, FORMATS[name].packages, FORMATS[name].extra)
     return chosen
 
 
-def require(name: str) -> None:
-    """Raises DataError when a format's packages are not installed."""
-    wanted = FORMATS[name]
-    missing = [package for package in wanted.packages if find_spec(package) is None]
+def require(what: str, packages: Sequence[str], extra: str) -> None:
+    """Raises DataError when packages of an optional extra are not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise DataError(
-            f"{name}: expected {', '.join(wanted.packages)}, found no {', '.join(missing)}; "
-            f"install with: pip install 'softshard[{wanted.extra}]'"
+            f"{what}: expected {', '.join(packages)}, found no {', '.join(missing)}; "
+            f"install with: pip install 'softshard[{extra}]'"
         )
