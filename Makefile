@@ -12,7 +12,8 @@ help:
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml setup.py pipeline/_jpeg.c constraints.txt scripts/setup.sh
+SOURCES := pipeline/_jpeg.c trainer/students/_depthwise.c trainer/students/_depthwise.h
+.venv/.ready: pyproject.toml setup.py $(SOURCES) constraints.txt scripts/setup.sh
 	scripts/setup.sh
 
 demo: setup

@@ -1,4 +1,4 @@
-"""Builds the C extension; everything else about the package is in pyproject.toml."""
+"""Builds the C extensions; everything else about the package is in pyproject.toml."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ def flags() -> tuple[list[str], list[str]]:
     return [], ["-ljpeg", "-lz"]
 
 
-class BuildJpeg(build_ext):
+class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
@@ -32,5 +32,11 @@ class BuildJpeg(build_ext):
 
 
 compiler, linker = flags()
-extension = Extension("pipeline._jpeg", ["pipeline/_jpeg.c"], extra_compile_args=compiler, extra_link_args=linker)
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildJpeg})
+jpeg = Extension("pipeline._jpeg", ["pipeline/_jpeg.c"], extra_compile_args=compiler, extra_link_args=linker)
+depthwise = Extension(
+    "trainer.students._depthwise",
+    ["trainer/students/_depthwise.c"],
+    depends=["trainer/students/_depthwise.h"],
+    extra_compile_args=["-O3"],
+)
+setup(ext_modules=[jpeg, depthwise], cmdclass={"build_ext": Build})

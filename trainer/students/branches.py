@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
+from trainer.students.geometry import has_identity, has_scale, padding, under_centre_tap
+from trainer.students.one_convolution import Branches, BranchesAs, Form, Norm, form_of, sum_of_branches, trains_as_one
+
 
 @dataclass
 class PlainPair:
@@ -46,9 +49,21 @@ class MultiBranchConv(nn.Module):
     Branch 0 takes over the parameters and buffers of `conv` and `bn`; the others start with the ordinary
     initialisation of nn.Conv2d and gamma 0. So before the first step the sum equals the plain pair, in both modes.
     The activation of a BatchNormAct2d is not applied here but in `plain.after`, which belongs in the place of `bn`.
+
+    In training all branches of a layer go through one convolution where that is cheaper, with the same results up to
+    rounding (one_convolution.py); `branches_as="separate"` always computes them one by one.
     """
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, *, branches: int, scale: bool, identity: bool) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        *,
+        branches: int,
+        scale: bool,
+        identity: bool,
+        branches_as: BranchesAs = "auto",
+    ) -> None:
         super().__init__()
         # In a dataclass the templates are no submodules: not in the state_dict, not moved, but copied with this module.
         self.plain = _plain_pair(conv, bn)
@@ -56,13 +71,34 @@ class MultiBranchConv(nn.Module):
         self.branches.extend(_new_branch(conv, bn) for _ in range(branches - 1))
         self.scale = _new_scale_branch(conv, bn) if scale and has_scale(conv) else None
         self.identity = _zero_bn(bn) if identity and has_identity(conv) else None
+        as_one = branches_as == "auto"
+        self.form: Form | None = form_of(conv, branches, self.identity is not None) if as_one else None
         self.train(bn.training)
 
     def conv_bns(self) -> list[ConvBN]:
         """The k x k branches."""
         return cast(list[ConvBN], list(self.branches))
 
+    def norms(self) -> list[Norm]:
+        """The batch norms of all branches: k x k, 1 x 1, identity."""
+        norms: list[Norm] = [branch.bn for branch in self.conv_bns()]
+        if self.scale is not None:
+            norms.append(self.scale.bn)
+        if self.identity is not None:
+            norms.append(self.identity)
+        return norms
+
     def forward(self, x: Tensor) -> Tensor:
+        norms = self.norms()
+        if self.form and trains_as_one(self.form, x, norms):
+            weights = tuple(branch.conv.weight for branch in self.conv_bns())
+            scale = self.scale.conv.weight if self.scale is not None else None
+            bias = self.conv_bns()[0].conv.bias
+            branches = Branches(self.plain.conv, weights, bias, scale, self.identity is not None, norms)
+            return sum_of_branches(self.form, x, branches)
+        return self._separately(x)
+
+    def _separately(self, x: Tensor) -> Tensor:
         conv = self.plain.conv
         padded = _pad_same(x, conv) if isinstance(conv, Conv2dSame) else x
         first, *others = self.conv_bns()
@@ -76,66 +112,10 @@ class MultiBranchConv(nn.Module):
         return y
 
 
-def centre_tap(conv: nn.Conv2d) -> tuple[int, int]:
-    """Row and column, in the kernel, of the tap on which the 1 x 1 and identity branches lie."""
-    return (conv.kernel_size[0] - 1) // 2, (conv.kernel_size[1] - 1) // 2
-
-
-def has_scale(conv: nn.Conv2d) -> bool:
-    """Whether `conv` takes a 1 x 1 branch: beside a 1 x 1 convolution it would be one more of the same."""
-    return max(conv.kernel_size) > 1
-
-
-def has_identity(conv: nn.Conv2d) -> bool:
-    """Whether `conv` takes an identity branch: the centre tap of every output pixel is the input pixel in its place."""
-    if conv.in_channels != conv.out_channels or conv.stride != (1, 1):
-        return False
-    return all(_keeps_places(conv, axis) for axis in (0, 1))
-
-
-def under_centre_tap(x: Tensor, conv: nn.Conv2d, output_size: tuple[int, int]) -> Tensor:
-    """What a 1 x 1 convolution with the stride of `conv` must read to see, for each output pixel, its centre tap.
-
-    x [N, C, H, W], cut and padded with zeros; `output_size` is the height and width of conv's output.
-    """
-    (top, bottom), (left, right) = (_margins(conv, axis, x.shape[axis - 2], output_size[axis]) for axis in (0, 1))
-    if top == bottom == left == right == 0:
-        return x
-    return F.pad(x, (left, right, top, bottom))
-
-
-def _margins(conv: nn.Conv2d, axis: int, size: int, output_size: int) -> tuple[int, int]:
-    """Zeros to add, or where negative pixels to cut off, before and after an axis of `size` pixels."""
-    stride = conv.stride[axis]
-    start = centre_tap(conv)[axis] * conv.dilation[axis] - _padding(conv, axis, size)[0]
-    left_over = size - (start + (output_size - 1) * stride + 1)
-    # Fewer pixels than a stride make no further output: to cut them off would only cost a copy.
-    return -start, 0 if 0 <= left_over < stride else -left_over
-
-
-def _keeps_places(conv: nn.Conv2d, axis: int) -> bool:
-    """Whether, at stride 1, the padding makes up for the kernel on both sides of its centre tap."""
-    before = centre_tap(conv)[axis] * conv.dilation[axis]
-    after = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - before
-    return _padding(conv, axis, size=1) == (before, after)  # at stride 1 no padding depends on the size
-
-
-def _padding(conv: nn.Conv2d, axis: int, size: int) -> tuple[int, int]:
-    """Zeros that `conv` puts before and after an axis of `size` pixels."""
-    stride, reach = conv.stride[axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-    if isinstance(conv, Conv2dSame):
-        total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
-    elif isinstance(conv.padding, str):
-        total = {"same": reach, "valid": 0}[conv.padding]
-    else:
-        total = 2 * conv.padding[axis]
-    return total // 2, total - total // 2
-
-
 def _pad_same(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a Conv2dSame does first, once for all branches."""
     height, width = x.shape[-2:]
-    return F.pad(x, (*_padding(conv, 1, width), *_padding(conv, 0, height)))
+    return F.pad(x, (*padding(conv, 1, width), *padding(conv, 0, height)))
 
 
 def _plain_pair(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> PlainPair:

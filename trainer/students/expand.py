@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecipeError, few
-from trainer.students.branches import MultiBranchConv, has_identity, has_scale
+from trainer.students.branches import MultiBranchConv
+from trainer.students.geometry import has_identity, has_scale
 from trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
 
 Init = Literal["zero_gamma", "split_gamma"]

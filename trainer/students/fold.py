@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.students.branches import MultiBranchConv, centre_tap
+from trainer.students.branches import MultiBranchConv
+from trainer.students.geometry import centre_tap
 
 Affine = tuple[Tensor, Tensor]  # kernel [out, in / groups, height, width] and bias [out]; float64, on the CPU
 _M = TypeVar("_M", nn.Conv2d, nn.BatchNorm2d)

@@ -1,0 +1,186 @@
+"""All branches of a depthwise convolution through one convolution, with exact batch statistics.
+
+Let p be the patch of k x k = T pixels of one channel under an output pixel (zeros in the padding), with mean m and
+covariance S over the batch. A branch with kernel w gives z = w.p, so its mean is w.m and its variance w.Sw: the
+statistics of every branch follow from the T x T Gram matrix of the patches, computed once. A 1 x 1 branch and the
+identity are kernels that are zero but at the centre tap. With a = gamma / sqrt(variance + eps), the sum of the
+normalised branches is one convolution with kernel K = sum a w and bias beta - K.m.
+
+Backward, let D = sum of dy (p - m) over the batch of M patches: one correlation. For each branch
+
+    d gamma = g = w.D / sqrt(variance + eps)
+    d w     = a (D - g / sqrt(variance + eps) Sw)
+    d p     = K (dy - mean dy) - Q (p - m),  Q = sum a g / (sqrt(variance + eps) M) w w'
+
+which is what backpropagation through each branch would give. Only x is kept for it. The sums over pixels are kernels in
+C (_depthwise.c); the algebra, on arrays as small as the weights, is here, in float64.
+"""
+
+import ctypes
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainer.students import _depthwise  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
+
+MOST_TAPS = 7  # rows or columns of a kernel: larger ones are cheaper as separate branches
+CACHE_LINE = 64  # bytes: threads share none
+_library = ctypes.CDLL(_depthwise.__file__)
+_SUFFIX = {torch.float32: "_float32", torch.float64: "_float64"}
+
+
+class Geometry(NamedTuple):
+    """Pairs of rows and columns; `before` are the zeros above and to the left."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    before: tuple[int, int]
+    output: tuple[int, int]
+
+
+def runs_here() -> bool:
+    """Whether this processor has the instructions that the kernels were compiled for."""
+    return bool(_library.softshard_depthwise_runs_here())
+
+
+class DepthwiseBranches(torch.autograd.Function):
+    """(x, weight, gamma, beta, geometry, eps, group) -> (y, mean, variance).
+
+    x [N, C, H, W], float32 or float64, on the CPU; weight [R, T, C] and gamma [R, C] of R branches and beta [C], the
+    sum of theirs, float64. y [N, C, H', W'] of the dtype of x, channels last; mean and (unbiased) variance [R, C],
+    float64, are for the running statistics alone. With a process group, statistics are those of all its processes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        geometry: Geometry,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, gamma = weight.contiguous(), gamma.contiguous()
+        shape = _shape(x, geometry)
+        gram, sums, shift, count = _patch_sums(x, shape, geometry, group)
+        mean, variance, product = _moments(gram, sums, weight, count)
+        mean += shift * weight.sum(1)
+        deviation = (variance.clamp_(min=0) + eps).rsqrt_()
+        factor = gamma * deviation
+        kernel = (weight * factor[:, None]).sum(0)
+        patch_mean = sums / count + shift
+        bias = beta - (kernel * patch_mean).sum(0)
+        size = (len(x), x.shape[1], *geometry.output)
+        y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        _call("forward", x, shape, x, kernel, bias, y)
+        ctx.save_for_backward(x, weight, product, patch_mean, mean, deviation, factor, kernel)
+        ctx.shape, ctx.count, ctx.group = shape, count, group
+        unbiased = variance * (count / (count - 1))
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y, mean, unbiased
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, product, patch_mean, mean, deviation, factor, kernel = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        correlation, beta_gradient = torch.empty_like(patch_mean), torch.empty_like(patch_mean[0])
+        _call("correlate", x, ctx.shape, x, dy, correlation, beta_gradient)
+        processes = sum_over(ctx.group, correlation, beta_gradient)
+        centred = correlation - beta_gradient * patch_mean
+        gamma_gradient = (weight * centred).sum(1) * deviation
+        weight_gradient = factor[:, None] * (centred - (gamma_gradient * deviation)[:, None] * product)
+        share = factor * gamma_gradient * deviation / ctx.count
+        offset = (weight * (share * mean)[:, None]).sum(0)
+        dx = torch.empty_like(x)
+        means = beta_gradient / ctx.count
+        _call("backward", x, ctx.shape, x, dy, kernel, weight, len(weight), share, offset, means, dx)
+        gradients = [gradient / processes for gradient in (weight_gradient, gamma_gradient, beta_gradient)]
+        return dx, *gradients, None, None, None
+
+
+def sum_over(group: dist.ProcessGroup | None, *tensors: Tensor) -> int:
+    """Replace tensors by their sums over the processes of a group; returns how many those are (1 without a group)."""
+    if group is None:
+        return 1
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=group)
+    return dist.get_world_size(group)
+
+
+def total_of(group: dist.ProcessGroup | None, number: int, device: torch.device) -> int:
+    """The sum of a number over the processes of a group."""
+    if group is None:
+        return number
+    total = torch.tensor(number, device=device)
+    sum_over(group, total)
+    return int(total)
+
+
+def _patch_sums(
+    x: Tensor, shape: Tensor, geometry: Geometry, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The Gram matrices [T, T, C] and the sums [T, C] of the patches minus a shift [C], and the number of patches."""
+    channels, taps = x.shape[1], geometry.kernel[0] * geometry.kernel[1]
+    # A row of each image says about where the mean is. Near it, variances are not differences of large numbers.
+    shift = x[:, :, x.shape[2] // 2].mean((0, 2)).double()
+    shift /= sum_over(group, shift)
+    gram, sums = shift.new_empty(taps, taps, channels), shift.new_empty(taps, channels)
+    _call("gram", x, shape, x, shift, gram, sums)
+    count = total_of(group, len(x) * geometry.output[0] * geometry.output[1], x.device)
+    sum_over(group, gram, sums)
+    return gram, sums, shift, count
+
+
+def _moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [R, C] of each branch, and the covariance of the patches times each weight [R, T, C]."""
+    branches, taps, channels = weight.shape
+    mean, variance = weight.new_empty(branches, channels), weight.new_empty(branches, channels)
+    product = torch.empty_like(weight)
+    tensors = (gram, sums, weight, mean, variance, product)
+    _library.softshard_depthwise_moments(
+        *map(ctypes.c_int64, (channels, taps, branches)), ctypes.c_double(count), *map(_argument, tensors)
+    )
+    return mean, variance, product
+
+
+def _shape(x: Tensor, geometry: Geometry) -> Tensor:
+    """The struct Shape of _depthwise.c."""
+    pairs = (geometry.output, geometry.kernel, geometry.stride, geometry.before)
+    return torch.tensor([len(x), x.shape[1], *x.shape[2:], *(value for pair in pairs for value in pair)])
+
+
+def _call(name: str, x: Tensor, shape: Tensor, *arguments: Tensor | int) -> None:
+    """Call a kernel for the dtype of x on all channels, a share of them in each of torch's threads."""
+    function = getattr(_library, f"softshard_depthwise_{name}{_SUFFIX[x.dtype]}")
+    converted, channels = [_argument(argument) for argument in arguments], x.shape[1]
+    group = CACHE_LINE // x.element_size()
+    groups = -(-channels // group)
+    threads = min(torch.get_num_threads(), groups)
+
+    def run(thread: int) -> int:
+        first, last = (group * (groups * edge // threads) for edge in (thread, thread + 1))
+        return function(_argument(shape), _argument(first), _argument(min(last, channels)), *converted)
+
+    failed = map(run, range(1)) if threads == 1 else _pool(os.getpid(), threads).map(run, range(threads))
+    if any(failed):
+        raise MemoryError(f"depthwise branches: no memory for {threads} buffers; lower the number of threads")
+
+
+def _argument(value: Tensor | int) -> ctypes.c_void_p | ctypes.c_int64:
+    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int64(value)
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork does not inherit them."""
+    return ThreadPoolExecutor(threads, "depthwise")
