@@ -38,9 +38,9 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     Raises DataError when the store, the images or the teachers do not fit the recipe, the teachers fall short of
     `min_top1`, their logits are not finite, or the disk has no room.
     """
-    started, accelerator = time.time(), make_accelerator("label", recipe.precision)
+    started, wanted = time.time(), _wanted(recipe, views)
+    accelerator = make_accelerator("label", recipe.precision)
     labeller, manifest = make_labeller(recipe, accelerator)
-    wanted = _wanted(recipe, views)
     main, processes = accelerator.is_main_process, accelerator.num_processes
     [units] = broadcast_object_list([_prepare(labeller, manifest, wanted, processes) if main else []])
     store = open_store(recipe.store)
@@ -59,9 +59,9 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
 
 def estimate(recipe: LabelRecipe, views: range | None = None) -> str:
     """What a run would do, from a few measured batches; nothing is written. Raises DataError as `label` does."""
-    accelerator = make_accelerator("label", recipe.precision)
+    wanted, accelerator = _wanted(recipe, views), make_accelerator("label", recipe.precision)
     labeller, manifest = make_labeller(recipe, accelerator)
-    found, wanted = survey(labeller, manifest), _wanted(recipe, views)
+    found = survey(labeller, manifest)
     check_top1(found, recipe.min_top1)
     run = describe_run(found, manifest, len(wanted), accelerator.num_processes)
     return f"{describe_teachers(found, manifest)}\n{run}"
