@@ -184,6 +184,15 @@ class TestOnnx:
         [opset] = [entry.version for entry in model.opset_import if not entry.domain]
         assert metadata["opset"] == opset
 
+    def test_a_network_that_torch_cannot_export(self, folder: Path, tmp_path: Path) -> None:
+        class Branching(nn.Flatten):
+            def forward(self, input: Tensor) -> Tensor:
+                return super().forward(input if input.sum() > 0 else -input)
+
+        job = Job(Branching().eval(), "branching", open_exported(folder).preprocessing, (), list)
+        with pytest.raises(DataError, match=r"onnx: expected a network that torch can export, .* branching is none"):
+            write_onnx(job, tmp_path / "model.onnx")
+
     def test_what_the_manifest_says_of_it(self, folder: Path) -> None:
         figures = open_exported(folder).formats["onnx"]
         assert figures.bytes == (folder / "model.onnx").stat().st_size

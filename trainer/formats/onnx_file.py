@@ -9,21 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import DataError
 from trainer.formats.contract import INPUT, OUTPUT, Job, Predictor
 
 
 def write_onnx(job: Job, path: Path) -> int:
     """images float32 [batch, 3, S, S] -> logits float32 [batch, classes], any batch, in the opset that torch chooses;
-    the metadata properties hold what job.metadata has, each as JSON, and that opset."""
-    program = torch.onnx.export(
-        job.network,
-        (job.example(batch=2),),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
+    the metadata properties hold what job.metadata has, each as JSON, and that opset.
+
+    Raises DataError for a network that torch cannot export.
+    """
+    try:
+        program = torch.onnx.export(
+            job.network,
+            (job.example(batch=2),),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"onnx: expected a network that torch can export, found that {job.model} is none: {reason}; "
+            "leave the format out of --formats"
+        ) from error
     assert program is not None
     opset = program.model.opset_imports[""]
     metadata = job.metadata() | {"opset": opset}
