@@ -10,6 +10,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from trainer.students import build_student, expand, fold
+from trainer.students.branches import MultiBranchConv
 from trainer.students.trace import Kind
 
 # Odd sizes make stride 2 and "same" padding fall differently on the two sides.
@@ -42,7 +43,15 @@ def stock(name):
 def expanded(model, name):
     """With the default kinds, or with all of them where most convolutions are dense or grouped."""
     kinds = ALL_KINDS if name in ("resnet18", "regnety_002", "mobilenetv4_conv_small") else ALL_KINDS[:2]
-    return expand(model, images(name, 1), kinds=kinds)
+    return expand(model, images(name, 1).to(next(model.parameters()).dtype), kinds=kinds)
+
+
+def separately(model):
+    """The same model with each branch computed by itself."""
+    for module in model.modules():
+        if isinstance(module, MultiBranchConv):
+            module.form = None
+    return model
 
 
 def images(name, count, seed=0):

@@ -153,6 +153,7 @@ def test_two_processes_train_on_the_same_global_batches(inputs: Path, other_run:
     done = launch("trainer", "train", "--config", str(recipe), "--output", str(other_run))
     assert done.returncode == 0, done.stderr
     assert "train: 2 processes on cpu" in done.stdout
+    assert done.stderr.count("student.expand: convolutions with branches: ") == 1
     lines = [json.loads(line) for line in (other_run / METRICS).read_text().splitlines()]
     assert len(lines) == 4
     assert (other_run / WEIGHTS).exists()
