@@ -10,6 +10,7 @@ from pipeline.recipe import Fraction, Model, ViewRecipe
 from trainer.losses import TailPolicy
 from trainer.students.build import Library
 from trainer.students.expand import Init
+from trainer.students.one_convolution import BranchesAs
 from trainer.students.trace import Kind
 
 
@@ -35,6 +36,7 @@ class ExpandRecipe(Model):
     scale: bool = True
     identity: bool = True
     init: Init = "zero_gamma"
+    branches_as: BranchesAs = "auto"
 
 
 class StudentRecipe(Model):

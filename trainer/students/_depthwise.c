@@ -13,6 +13,7 @@ images smaller than the kernel. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -103,6 +104,11 @@ typedef struct {
 
 static int64_t lowest(uint64_t taps) { return taps ? __builtin_ctzll(taps) : 0; }
 static int64_t highest(uint64_t taps) { return taps ? 63 - __builtin_clzll(taps) : -1; }
+
+/* The limits to which an activation clamps: ReLU, ReLU6, or infinities for none. */
+typedef struct {
+    double low, high;
+} Activation;
 
 /* What the gradient of the input needs: branches, kernel [taps, channels], weight [branches, taps, channels],
 share [branches, channels], offset [taps, channels], mean [channels]. */

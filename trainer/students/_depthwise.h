@@ -5,8 +5,13 @@ float64. Small arrays are [..., channels], float64. */
 typedef REAL NAME(Vector) __attribute__((vector_size(BYTES)));
 typedef REAL NAME(Unaligned) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 #define VECTOR NAME(Vector)
+typedef __typeof__((VECTOR){0} < (VECTOR){0}) NAME(Mask);
 #define LANES ((int64_t)(BYTES / sizeof(REAL)))
 #define GROUP (BLOCKS * LANES)
+
+INLINE VECTOR NAME(select)(NAME(Mask) mask, VECTOR a, VECTOR b) {
+    return (VECTOR)((mask & (NAME(Mask))a) | (~mask & (NAME(Mask))b));
+}
 
 /* Images in memory, and the part of them that is copied: rows [low, high), and columns from `left` pixels before the
 image until `columns` pixels are copied. */
@@ -42,6 +47,31 @@ static void NAME(put)(VECTOR *to, int64_t block, int64_t pitch, NAME(Part) part,
                             v[lane] = row[c * part.channels + b * LANES + lane];
                         to[b * block + c] = v - shift[b];
                     }
+        }
+}
+
+/* Copy rows [low, high) of the gradient of some images likewise, `pitch` = width apart; where outputs, if there are any, lie
+outside of the activation's limits, nothing comes back through it. */
+static void NAME(put_gradient)(VECTOR *to, int64_t block, const REAL *gradient, const REAL *output, Activation limits,
+                               const Shape *s, int64_t images, int64_t low, int64_t high, int64_t channels) {
+    const int64_t blocks = (channels + LANES - 1) / LANES, width = s->out_width;
+    const VECTOR lower = (VECTOR){0} + (REAL)limits.low, upper = (VECTOR){0} + (REAL)limits.high;
+    for (int64_t image = 0; image < images; image++)
+        for (int64_t r = low; r < high; r++, to += width) {
+            const int64_t start = (image * s->out_height + r) * width * s->channels;
+            for (int64_t c = 0; c < width; c++)
+                for (int64_t b = 0; b < blocks; b++) {
+                    const int64_t at = start + c * s->channels + b * LANES, lanes = least(LANES, channels - b * LANES);
+                    VECTOR v = {0}, y = {0};
+                    if (lanes == LANES) {
+                        v = *(const NAME(Unaligned) *)(gradient + at);
+                        if (output) y = *(const NAME(Unaligned) *)(output + at);
+                    } else {
+                        memcpy(&v, gradient + at, (size_t)lanes * sizeof(REAL));
+                        if (output) memcpy(&y, output + at, (size_t)lanes * sizeof(REAL));
+                    }
+                    to[b * block + c] = output ? NAME(select)((y > lower) & (y < upper), v, (VECTOR){0}) : v;
+                }
         }
 }
 
@@ -214,7 +244,8 @@ EXPORTED int32_t NAME(softshard_depthwise_gram)(const Shape *s, int64_t first, i
 
 /* correlation [taps, channels] of the gradient with the patches, and sums [channels] of the gradient. */
 EXPORTED int32_t NAME(softshard_depthwise_correlate)(const Shape *s, int64_t first, int64_t last, const REAL *x,
-                                                     const REAL *gradient, double *correlation, double *sums) {
+                                                     const REAL *gradient, const REAL *output, double lower,
+                                                     double upper, double *correlation, double *sums) {
     const int64_t kh = s->kernel_height, kw = s->kernel_width, taps = kh * kw;
     const int64_t width = (s->out_width - 1) * s->stride_width + kw;
     const Tile tile = find_tile(s->batch, s->out_height, kh / s->stride_height + 1, width * s->stride_height);
@@ -235,12 +266,12 @@ EXPORTED int32_t NAME(softshard_depthwise_correlate)(const Shape *s, int64_t fir
                 const int64_t top = low * s->stride_height - s->top;
                 const NAME(Part) source = {x + image * s->height * s->width * s->channels + c, images, s->height,
                                            s->width, s->channels, top, top + inner_rows, s->left, width};
-                const NAME(Part) outside = {gradient + image * s->out_height * s->out_width * s->channels + c, images,
-                                            s->out_height, s->out_width, s->channels, low, low + rows, 0, s->out_width};
+                const int64_t outside = image * s->out_height * s->out_width * s->channels + c;
                 const Step step = {rows * s->out_width, s->out_width, 1};
                 const Step under = {inner_rows * width, s->stride_height * width, s->stride_width};
                 NAME(put)(buffer, block, width, source, channels, nothing);
-                NAME(put)(outer, outer_block, s->out_width, outside, channels, nothing);
+                NAME(put_gradient)(outer, outer_block, gradient + outside, output ? output + outside : NULL,
+                                   (Activation){lower, upper}, s, images, low, low + rows, channels);
                 for (int64_t b = 0; b < blocks; b++) {
                     memset(part, 0, (size_t)(taps + 1) * sizeof *part);
                     part[taps] = NAME(sum)(outer + b * outer_block, step, images, rows, s->out_width);
@@ -266,6 +297,7 @@ typedef struct {
     int64_t inner, outer;
     const int64_t *inner_place, *outer_place;
     const VECTOR *coefficient; /* the constant first */
+    Activation limits;
 } NAME(Stencil);
 
 INLINE void NAME(stencil_at)(const NAME(Stencil) *of, const VECTOR *x, int64_t xs, const VECTOR *g, int64_t gs,
@@ -283,6 +315,9 @@ INLINE void NAME(stencil_at)(const NAME(Stencil) *of, const VECTOR *x, int64_t x
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) v[i] += weight * p[i * gs];
     }
+    const VECTOR lower = (VECTOR){0} + (REAL)of->limits.low, upper = (VECTOR){0} + (REAL)of->limits.high;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) v[i] = NAME(select)(v[i] < lower, lower, NAME(select)(v[i] > upper, upper, v[i]));
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
         if (lanes == LANES)
@@ -337,9 +372,11 @@ static void NAME(stencil_over)(const NAME(Stencil) *of, const VECTOR *x, const V
                                out + i * loops.out[a] + j * loops.out[b], loops.out[longest], lanes, n[longest]);
 }
 
-/* The convolution itself: result, like x but of the output's size, from kernel [taps, channels] and bias [channels]. */
+/* The convolution itself, clamped: result, like x but of the output's size, from kernel [taps, channels] and
+bias [channels]. */
 EXPORTED int32_t NAME(softshard_depthwise_forward)(const Shape *s, int64_t first, int64_t last, const REAL *x,
-                                                   const double *kernel, const double *bias, REAL *result) {
+                                                   const double *kernel, const double *bias, double lower,
+                                                   double upper, REAL *result) {
     const int64_t kh = s->kernel_height, kw = s->kernel_width, taps = kh * kw;
     const int64_t width = (s->out_width - 1) * s->stride_width + kw, row = s->out_width * s->channels;
     const Tile tile = find_tile(s->batch, s->out_height, kh / s->stride_height + 1, width * s->stride_height);
@@ -369,7 +406,7 @@ EXPORTED int32_t NAME(softshard_depthwise_forward)(const Shape *s, int64_t first
                                            {s->out_height * row, row, s->channels}};
                 NAME(put)(buffer, block, width, source, channels, nothing);
                 for (int64_t b = 0; b < blocks; b++) {
-                    const NAME(Stencil) stencil = {taps, 0, place, NULL, coefficient + b * (1 + taps)};
+                    const NAME(Stencil) stencil = {taps, 0, place, NULL, coefficient + b * (1 + taps), {lower, upper}};
                     NAME(stencil_over)(&stencil, buffer + b * block, buffer,
                                        result + (image * s->out_height + low) * row + c + b * LANES,
                                        least(LANES, channels - b * LANES), loops);
@@ -430,7 +467,8 @@ static void NAME(quadratic_form)(const Shape *s, const Algebra *of, int64_t chan
 patches of quadratic * (patches - means), where offset = quadratic * means. Both are stencils with coefficients that
 depend on the pair of runs alone. */
 EXPORTED int32_t NAME(softshard_depthwise_backward)(const Shape *s, int64_t first, int64_t last, const REAL *x,
-                                                    const REAL *gradient, const double *kernel, const double *weight,
+                                                    const REAL *gradient, const REAL *output, double lower,
+                                                    double upper, const double *kernel, const double *weight,
                                                     int64_t branches, const double *share, const double *offset,
                                                     const double *mean, REAL *result) {
     const Algebra algebra = {branches, kernel, weight, share, offset, mean};
@@ -468,11 +506,10 @@ EXPORTED int32_t NAME(softshard_depthwise_backward)(const Shape *s, int64_t firs
                 const int64_t outer_rows = most(0, outer_high - outer_low);
                 const NAME(Part) source = {x + image * s->height * row + c, images, s->height, s->width, s->channels,
                                            low - halo, high + halo, 0, s->width};
-                const NAME(Part) outside = {gradient + image * s->out_height * s->out_width * s->channels + c, images,
-                                            s->out_height, s->out_width, s->channels, outer_low,
-                                            outer_low + outer_rows, 0, s->out_width};
+                const int64_t outside = image * s->out_height * s->out_width * s->channels + c;
                 NAME(put)(buffer + lead, block, pitch, source, channels, nothing);
-                NAME(put)(outer, outer_block, s->out_width, outside, channels, nothing);
+                NAME(put_gradient)(outer, outer_block, gradient + outside, output ? output + outside : NULL,
+                                   (Activation){lower, upper}, s, images, outer_low, outer_low + outer_rows, channels);
                 for (int64_t i = 0; i < pairs; i++) {
                     const Run r = within(down.run[i / across.count], low, high), q = across.run[i % across.count];
                     if (r.count <= 0) continue;
@@ -491,7 +528,7 @@ EXPORTED int32_t NAME(softshard_depthwise_backward)(const Shape *s, int64_t firs
                                 (q.start + s->left - t % kw) / s->stride_width;
                     for (int64_t b = 0; b < blocks; b++) {
                         const NAME(Stencil) stencil = {inner, outers, inner_place, outer_place,
-                                                       found + (b * pairs + i) * room};
+                                                       found + (b * pairs + i) * room, {-INFINITY, INFINITY}};
                         NAME(stencil_over)(&stencil,
                                            buffer + b * block + lead + (halo + r.start) * pitch + q.start,
                                            outer + b * outer_block,

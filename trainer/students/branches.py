@@ -6,6 +6,7 @@ of its own. In evaluation mode all of it is affine, so that fold can write the s
 """
 
 import copy
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import cast
@@ -15,7 +16,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from trainer.students.geometry import has_identity, has_scale, padding, under_centre_tap
-from trainer.students.one_convolution import Branches, BranchesAs, Form, Norm, form_of, sum_of_branches, trains_as_one
+from trainer.students.one_convolution import Branches, Form, Norm, form_of, sum_of_branches, trains_as_one
 
 
 @dataclass
@@ -24,7 +25,11 @@ class PlainPair:
 
     conv: nn.Conv2d  # on the meta device: the type and the settings, no weights
     bn: nn.BatchNorm2d  # on the meta device, with empty places for its drop and act
-    after: nn.Sequential  # the live module in the place of bn: the drop and act of a BatchNormAct2d, else nothing
+    after: nn.Sequential  # the live module in the place of bn: what a BatchNormAct2d does after it, else nothing
+
+
+# Activations that clamp, with their limits: a layer of branches computes them itself, which saves passes over memory.
+_CLAMPING = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
 
 
 class ConvBN(nn.Module):
@@ -47,8 +52,9 @@ class MultiBranchConv(nn.Module):
     The 1 x 1 branch (`scale`) exists where k > 1, the identity branch where input and output have the same channels
     and the same pixels. Both see the pixels under the kernel's centre tap, whatever the padding.
     Branch 0 takes over the parameters and buffers of `conv` and `bn`; the others start with the ordinary
-    initialisation of nn.Conv2d and gamma 0. So before the first step the sum equals the plain pair, in both modes.
-    The activation of a BatchNormAct2d is not applied here but in `plain.after`, which belongs in the place of `bn`.
+    initialisation of nn.Conv2d and gamma 0. So before the first step the sum equals the plain pair.
+    The ReLU or ReLU6 of a BatchNormAct2d is applied here (`act`); any other, and its dropout, in `plain.after`, which
+    belongs in the place of `bn`.
 
     In training all branches of a layer go through one convolution where that is cheaper, with the same results up to
     rounding (one_convolution.py); `branches_as="separate"` always computes them one by one.
@@ -62,11 +68,12 @@ class MultiBranchConv(nn.Module):
         branches: int,
         scale: bool,
         identity: bool,
-        branches_as: BranchesAs = "auto",
+        branches_as: str = "auto",
     ) -> None:
         super().__init__()
         # In a dataclass the templates are no submodules: not in the state_dict, not moved, but copied with this module.
-        self.plain = _plain_pair(conv, bn)
+        self.act = _own_activation(bn)
+        self.plain = _plain_pair(conv, bn, self.act)
         self.branches = nn.ModuleList([_first_branch(conv, bn)])
         self.branches.extend(_new_branch(conv, bn) for _ in range(branches - 1))
         self.scale = _new_scale_branch(conv, bn) if scale and has_scale(conv) else None
@@ -94,9 +101,11 @@ class MultiBranchConv(nn.Module):
             weights = tuple(branch.conv.weight for branch in self.conv_bns())
             scale = self.scale.conv.weight if self.scale is not None else None
             bias = self.conv_bns()[0].conv.bias
-            branches = Branches(self.plain.conv, weights, bias, scale, self.identity is not None, norms)
+            limits = None if self.act is None else _CLAMPING[type(self.act)]
+            branches = Branches(self.plain.conv, weights, bias, scale, self.identity is not None, norms, limits)
             return sum_of_branches(self.form, x, branches)
-        return self._separately(x)
+        y = self._separately(x)
+        return y if self.act is None else self.act(y)
 
     def _separately(self, x: Tensor) -> Tensor:
         conv = self.plain.conv
@@ -118,11 +127,18 @@ def _pad_same(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.pad(x, (*padding(conv, 1, width), *padding(conv, 0, height)))
 
 
-def _plain_pair(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> PlainPair:
+def _own_activation(bn: nn.BatchNorm2d) -> nn.Module | None:
+    """The activation of a BatchNormAct2d, where it clamps and nothing comes before it."""
+    children = dict(bn.named_children())
+    act, others = children.pop("act", None), children.values()
+    return act if type(act) in _CLAMPING and all(isinstance(other, nn.Identity) for other in others) else None
+
+
+def _plain_pair(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module | None) -> PlainPair:
     template = copy.deepcopy(bn).to("meta")
     for name, _ in bn.named_children():
-        setattr(template, name, nn.Identity())  # the live ones are in `after`: they may learn (PReLU)
-    after = nn.Sequential(OrderedDict(bn.named_children()))
+        setattr(template, name, nn.Identity())  # the live ones may learn (PReLU)
+    after = nn.Sequential(OrderedDict((name, child) for name, child in bn.named_children() if child is not act))
     return PlainPair(copy.deepcopy(conv).to("meta"), template, after.train(bn.training))
 
 

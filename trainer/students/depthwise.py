@@ -18,6 +18,7 @@ C (_depthwise.c); the algebra, on arrays as small as the weights, is here, in fl
 
 import ctypes
 import functools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -35,6 +36,10 @@ _library = ctypes.CDLL(_depthwise.__file__)
 _SUFFIX = {torch.float32: "_float32", torch.float64: "_float64"}
 
 
+Limits = tuple[float, float]  # to which an activation clamps: (0, inf) is ReLU, (0, 6) ReLU6
+NO_LIMITS: Limits = (-math.inf, math.inf)
+
+
 class Geometry(NamedTuple):
     """Pairs of rows and columns; `before` are the zeros above and to the left."""
 
@@ -50,11 +55,12 @@ def runs_here() -> bool:
 
 
 class DepthwiseBranches(torch.autograd.Function):
-    """(x, weight, gamma, beta, geometry, eps, group) -> (y, mean, variance).
+    """(x, weight, gamma, beta, geometry, limits, eps, group) -> (y, mean, variance).
 
     x [N, C, H, W], float32 or float64, on the CPU; weight [R, T, C] and gamma [R, C] of R branches and beta [C], the
     sum of theirs, float64. y [N, C, H', W'] of the dtype of x, channels last; mean and (unbiased) variance [R, C],
-    float64, are for the running statistics alone. With a process group, statistics are those of all its processes.
+    float64, are for the running statistics alone. y is clamped to `limits`, if given (ReLU, ReLU6), and then kept for
+    the backward pass. With a process group, statistics are those of all its processes.
     """
 
     @staticmethod
@@ -65,6 +71,7 @@ class DepthwiseBranches(torch.autograd.Function):
         gamma: Tensor,
         beta: Tensor,
         geometry: Geometry,
+        limits: Limits | None,
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,9 +88,9 @@ class DepthwiseBranches(torch.autograd.Function):
         bias = beta - (kernel * patch_mean).sum(0)
         size = (len(x), x.shape[1], *geometry.output)
         y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-        _call("forward", x, shape, x, kernel, bias, y)
-        ctx.save_for_backward(x, weight, product, patch_mean, mean, deviation, factor, kernel)
-        ctx.shape, ctx.count, ctx.group = shape, count, group
+        _call("forward", x, shape, x, kernel, bias, *(limits or NO_LIMITS), y)
+        ctx.save_for_backward(x, y if limits else None, weight, product, patch_mean, mean, deviation, factor, kernel)
+        ctx.shape, ctx.count, ctx.group, ctx.limits = shape, count, group, limits or NO_LIMITS
         unbiased = variance * (count / (count - 1))
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
@@ -91,10 +98,10 @@ class DepthwiseBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, product, patch_mean, mean, deviation, factor, kernel = ctx.saved_tensors
+        x, y, weight, product, patch_mean, mean, deviation, factor, kernel = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         correlation, beta_gradient = torch.empty_like(patch_mean), torch.empty_like(patch_mean[0])
-        _call("correlate", x, ctx.shape, x, dy, correlation, beta_gradient)
+        _call("correlate", x, ctx.shape, x, dy, y, *ctx.limits, correlation, beta_gradient)
         processes = sum_over(ctx.group, correlation, beta_gradient)
         centred = correlation - beta_gradient * patch_mean
         gamma_gradient = (weight * centred).sum(1) * deviation
@@ -103,9 +110,10 @@ class DepthwiseBranches(torch.autograd.Function):
         offset = (weight * (share * mean)[:, None]).sum(0)
         dx = torch.empty_like(x)
         means = beta_gradient / ctx.count
-        _call("backward", x, ctx.shape, x, dy, kernel, weight, len(weight), share, offset, means, dx)
+        arrays = (kernel, weight, len(weight), share, offset, means)
+        _call("backward", x, ctx.shape, x, dy, y, *ctx.limits, *arrays, dx)
         gradients = [gradient / processes for gradient in (weight_gradient, gamma_gradient, beta_gradient)]
-        return dx, *gradients, None, None, None
+        return dx, *gradients, None, None, None, None
 
 
 def sum_over(group: dist.ProcessGroup | None, *tensors: Tensor) -> int:
@@ -159,7 +167,7 @@ def _shape(x: Tensor, geometry: Geometry) -> Tensor:
     return torch.tensor([len(x), x.shape[1], *x.shape[2:], *(value for pair in pairs for value in pair)])
 
 
-def _call(name: str, x: Tensor, shape: Tensor, *arguments: Tensor | int) -> None:
+def _call(name: str, x: Tensor, shape: Tensor, *arguments: Tensor | float | None) -> None:
     """Call a kernel for the dtype of x on all channels, a share of them in each of torch's threads."""
     function = getattr(_library, f"softshard_depthwise_{name}{_SUFFIX[x.dtype]}")
     converted, channels = [_argument(argument) for argument in arguments], x.shape[1]
@@ -176,8 +184,15 @@ def _call(name: str, x: Tensor, shape: Tensor, *arguments: Tensor | int) -> None
         raise MemoryError(f"depthwise branches: no memory for {threads} buffers; lower the number of threads")
 
 
-def _argument(value: Tensor | int) -> ctypes.c_void_p | ctypes.c_int64:
-    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int64(value)
+def _argument(value: Tensor | float | None) -> Any:
+    """A float is a double, an int an int64_t, None a null pointer."""
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return (
+        ctypes.c_int64(value)
+        if isinstance(value, int)
+        else ctypes.c_void_p(value.data_ptr() if value is not None else 0)
+    )
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import RecipeError, few
 from trainer.students.branches import MultiBranchConv
 from trainer.students.geometry import has_identity, has_scale
+from trainer.students.one_convolution import BranchesAs
 from trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
 
 Init = Literal["zero_gamma", "split_gamma"]
@@ -27,6 +28,7 @@ def expand(
     scale: bool = True,
     identity: bool = True,
     init: str = "zero_gamma",
+    branches_as: str = "auto",
 ) -> nn.Module:
     """Replace the convolution -> batch norm pairs of the given kinds by sums of branches; return the same model.
 
@@ -43,6 +45,9 @@ def expand(
     1511.05641), and the 1 x 1 and identity branches with gamma 0: the same up to rounding. Random numbers come from
     torch's global generator.
 
+    In training, `branches_as` auto computes all branches of a depthwise or pointwise layer through one convolution,
+    with the same results up to rounding (one_convolution.py); separate computes each by itself.
+
     `example_input` is one batch that the model takes, on its device and in its dtype (float [1, 3, H, W] for
     classifiers of images); see find_pairs for what is found with it. Expand before the model is wrapped (DDP),
     compiled or converted to SyncBatchNorm, and before its optimizer is made. Hooks on replaced modules no longer run.
@@ -50,23 +55,23 @@ def expand(
     One line in the log of this module says what was expanded and which convolutions of these kinds were left alone: a
     warning where one of them is shared or its output is read more than once, otherwise at level INFO.
 
-    Raises RecipeError, with the model unchanged, when branches is below 1, a kind or init is unknown, the model rejects
-    `example_input`, or there is nothing to expand.
+    Raises RecipeError, with the model unchanged, when branches is below 1, a kind, init or branches_as is unknown, the
+    model rejects `example_input`, or there is nothing to expand.
     """
-    _check_arguments(branches, kinds, init)
+    _check_arguments(branches, kinds, init, branches_as)
     found = _find(model, example_input)
     chosen = [pair for pair in found.pairs if pair.kind in kinds and _gains(model, pair, branches, scale, identity)]
     if not chosen:
         raise RecipeError(_nothing_to_expand(model, found, branches, kinds, scale, identity))
     for pair in chosen:
-        expanded = _expand_pair(model, pair, branches, scale, identity)
+        expanded = _expand_pair(model, pair, branches, scale, identity, branches_as)
         if init == "split_gamma":
             _split_gamma(expanded)
     _report(chosen, [conv for conv in found.left_alone if conv.kind in kinds])
     return model
 
 
-def _check_arguments(branches: int, kinds: Collection[str], init: str) -> None:
+def _check_arguments(branches: int, kinds: Collection[str], init: str, branches_as: str) -> None:
     if branches < 1:
         raise RecipeError(f"student.expand.branches: expected at least 1, found {branches}")
     known = ", ".join(get_args(Kind))
@@ -75,8 +80,9 @@ def _check_arguments(branches: int, kinds: Collection[str], init: str) -> None:
     for kind in kinds:
         if kind not in get_args(Kind):
             raise RecipeError(f"student.expand.kinds: expected some of {known}, found {kind!r}")
-    if init not in get_args(Init):
-        raise RecipeError(f"student.expand.init: expected one of {', '.join(get_args(Init))}, found {init!r}")
+    for name, value, values in (("init", init, get_args(Init)), ("branches_as", branches_as, get_args(BranchesAs))):
+        if value not in values:
+            raise RecipeError(f"student.expand.{name}: expected one of {', '.join(values)}, found {value!r}")
 
 
 def _find(model: nn.Module, example_input: Tensor) -> Found:
@@ -96,11 +102,13 @@ def _gains(model: nn.Module, pair: Pair, branches: int, scale: bool, identity: b
     return branches > 1 or (scale and has_scale(conv)) or (identity and has_identity(conv))
 
 
-def _expand_pair(model: nn.Module, pair: Pair, branches: int, scale: bool, identity: bool) -> MultiBranchConv:
+def _expand_pair(
+    model: nn.Module, pair: Pair, branches: int, scale: bool, identity: bool, branches_as: str
+) -> MultiBranchConv:
     conv, bn = model.get_submodule(pair.conv), model.get_submodule(pair.bn)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(bn, nn.BatchNorm2d)
-    expanded = MultiBranchConv(conv, bn, branches=branches, scale=scale, identity=identity)
+    expanded = MultiBranchConv(conv, bn, branches=branches, scale=scale, identity=identity, branches_as=branches_as)
     model.set_submodule(pair.conv, expanded)
     model.set_submodule(pair.bn, expanded.plain.after)
     return expanded

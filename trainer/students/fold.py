@@ -68,6 +68,8 @@ def plain_pair(expanded: MultiBranchConv) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     )
     for name, child in plain.after.named_children():
         setattr(bn, name, child)
+    if expanded.act is not None:
+        bn.act = expanded.act
     return conv, bn
 
 

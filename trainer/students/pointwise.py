@@ -9,27 +9,31 @@ branches is one convolution with K = sum a w, and backward, with D = sum of dy (
     d w     = a (D - g / sqrt(variance + eps) w S)
     d x     = K' (dy - mean dy) - Q (x - m),  Q = sum w' a g / (sqrt(variance + eps) M) w
 
-Only x is kept for it. Plain torch, for any device: two products of x with C x C matrices more than the plain
-convolution, and no pass over the outputs for batch norms.
+Only x is kept for it: two products of x with C x C matrices more than the plain convolution, and no pass over the
+outputs for batch norms. Where C is much larger than the number of outputs, the normalised outputs of all branches cost
+less than those matrices (ContractionBranches): then S w' is their product with x, and Q (x - m) is theirs with w. Both
+are plain torch, for any device.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.students.depthwise import sum_over, total_of
+from trainer.students.depthwise import Limits, sum_over, total_of
 
 
 class PointwiseBranches(torch.autograd.Function):
-    """(x, weight, gamma, beta, eps, group) -> (y, mean, variance).
+    """(x, weight, gamma, beta, limits, eps, group) -> (y, mean, variance).
 
     x [N, C, H, W], of any float dtype; weight [R, O, C] and gamma [R, O] of R branches and beta [O], the sum of theirs,
     float32 (float64 where x is). y [N, O, H, W], channels last, of the autocast dtype under autocast and otherwise that
     of x; mean and (unbiased) variance [R, O] are for the running statistics alone. Statistics are computed in the dtype
-    of weight. With a process group they are those of all its processes.
+    of weight. y is clamped to `limits`, if given (ReLU, ReLU6), and is then kept for the backward pass. With a process
+    group, statistics are those of all its processes.
     """
 
     @staticmethod
@@ -39,12 +43,12 @@ class PointwiseBranches(torch.autograd.Function):
         weight: Tensor,
         gamma: Tensor,
         beta: Tensor,
+        limits: Limits | None,
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
+        dtype = dtype_of_result(x)
+        with torch.autocast(x.device.type, enabled=False):
             rows, count = _rows(x).to(weight.dtype), total_of(group, len(x) * x.shape[2] * x.shape[3], x.device)
             mean_of_x = rows.sum(0)
             sum_over(group, mean_of_x)
@@ -57,12 +61,11 @@ class PointwiseBranches(torch.autograd.Function):
             deviation = (variance + eps).rsqrt_()
             factor = gamma * deviation
             kernel = (weight * factor[:, :, None]).sum(0)
-            size = (len(x), weight.shape[1], *x.shape[2:])
-            y = torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-            # Into y, so that y is no view: an activation in place may follow.
-            torch.addmm(beta.to(dtype), centred.to(dtype), kernel.to(dtype).t(), out=_rows(y))
-        ctx.save_for_backward(x, weight, product, mean_of_x, deviation, factor, kernel)
-        ctx.count, ctx.group = count, group
+            y = _convolution(x, kernel, beta - kernel @ mean_of_x, dtype)
+            if limits:
+                y.clamp_(*limits)
+        ctx.save_for_backward(x, y if limits else None, weight, product, mean_of_x, deviation, factor, kernel)
+        ctx.count, ctx.group, ctx.limits = count, group, limits
         mean, unbiased = weight @ mean_of_x, variance * (count / (count - 1))
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
@@ -70,7 +73,8 @@ class PointwiseBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
+        x, y, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
+        dy = _through(dy, y, ctx.limits)
         with torch.autocast(x.device.type, enabled=False):
             rows, centred = _rows(dy), (_rows(x).to(weight.dtype) - mean_of_x).to(dy.dtype)
             correlation, total = (rows.t() @ centred).to(weight.dtype), rows.sum(0, dtype=weight.dtype)
@@ -84,10 +88,79 @@ class PointwiseBranches(torch.autograd.Function):
             dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
             dx.addmm_(centred, quadratic.to(dy.dtype), alpha=-1)
         gradients = [gradient / processes for gradient in (weight_gradient, gamma_gradient, total)]
-        dx = dx.to(x.dtype).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-        return dx, *gradients, None, None
+        return _images(dx.to(x.dtype), x), *gradients, None, None, None
+
+
+class ContractionBranches(torch.autograd.Function):
+    """(x, weight, gamma, beta, limits, eps) -> (y, mean, variance): as PointwiseBranches, within one process.
+
+    The normalised outputs [N, R O, H, W] of the branches are kept beside x, in the dtype of y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, limits: Limits | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype, flat = dtype_of_result(x), weight.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            outputs = _convolution(x, flat, None, dtype)
+            normalised, mean, deviation = torch.native_batch_norm(outputs, None, None, None, None, True, 0.0, eps)
+            mean, deviation = (tensor.to(weight.dtype).view_as(gamma) for tensor in (mean, deviation))
+            factor = gamma * deviation
+            kernel = (weight * factor[:, :, None]).sum(0)
+            y = _convolution(x, kernel, beta - (factor * mean).sum(0), dtype)
+            if limits:
+                y.clamp_(*limits)
+        count = len(x) * x.shape[2] * x.shape[3]
+        ctx.save_for_backward(x, y if limits else None, weight, normalised, deviation, factor, kernel)
+        ctx.limits = limits
+        unbiased = (deviation.pow(-2) - eps) * (count / (count - 1))
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y, mean, unbiased
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, normalised, deviation, factor, kernel = ctx.saved_tensors
+        dy = _through(dy, y, ctx.limits)
+        with torch.autocast(x.device.type, enabled=False):
+            rows, inputs, outputs = _rows(dy), _rows(x).to(dy.dtype), _rows(normalised)
+            total, count = rows.sum(0, dtype=weight.dtype), len(rows)
+            mean_of_x = inputs.sum(0, dtype=weight.dtype) / count
+            correlation = (rows.t() @ inputs).to(weight.dtype).addr_(total, mean_of_x, alpha=-1)
+            product = (outputs.t() @ inputs).to(weight.dtype).view_as(weight)
+            gamma_gradient = (weight * correlation).sum(2) * deviation
+            inner = correlation - (gamma_gradient / count)[:, :, None] * product
+            weight_gradient = factor[:, :, None] * inner
+            share = (factor * gamma_gradient / count).view(-1, 1)
+            constant = (total / -count) @ kernel
+            dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
+            dx.addmm_(outputs, (weight.flatten(0, 1) * share).to(dy.dtype), alpha=-1)
+        return _images(dx.to(x.dtype), x), weight_gradient, gamma_gradient, total, None, None
+
+
+def dtype_of_result(x: Tensor) -> torch.dtype:
+    """What an ordinary convolution of x would give: under autocast, its dtype."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _through(dy: Tensor, y: Tensor, limits: Limits | None) -> Tensor:
+    """The gradient before an activation, from the one after it."""
+    return torch.ops.aten.hardtanh_backward(dy, y, *limits) if limits else dy
+
+
+def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The 1 x 1 convolution of x [N, C, H, W] with kernel [O, C] and bias [O]; channels last."""
+    x = x.to(dtype, memory_format=torch.channels_last)
+    return F.conv2d(x, kernel.to(dtype)[:, :, None, None], None if bias is None else bias.to(dtype))
 
 
 def _rows(images: Tensor) -> Tensor:
     """[N, C, H, W] -> [N H W, C]; no copy when channels are last."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    """[N H W, C] -> [N, C, H, W], channels last, of the size of `like`."""
+    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
