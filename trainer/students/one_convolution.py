@@ -5,8 +5,8 @@ what MultiBranchConv does by itself):
 
     depthwise   DepthwiseBranches: statistics from the Gram matrix of the patches; on a CPU
     closed      PointwiseBranches: statistics from the covariance of the input, for 1 x 1 kernels; anywhere
-    contraction ContractionBranches: statistics from the outputs of all branches, for 1 x 1 kernels whose input is so
-                much wider than their output that its covariance costs more; anywhere
+    stacked     one product and one batch norm with the channels of all branches, then their sum, for 1 x 1 kernels
+                whose input is so much wider than their output that its covariance costs more; anywhere
 
 They know nothing but a branch's ordinary parameters and statistics, so checkpoints, EMA, evaluation and fold do not
 depend on them.
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from trainer.students.depthwise import MOST_TAPS, DepthwiseBranches, Geometry, Limits, runs_here
 from trainer.students.geometry import centre_tap, output_size, padding
-from trainer.students.pointwise import ContractionBranches, PointwiseBranches, dtype_of_result
+from trainer.students.pointwise import PointwiseBranches, dtype_of_result, images_of, rows_of
 
-Form = Literal["depthwise", "closed", "contraction"]
+Form = Literal["depthwise", "closed", "stacked"]
 BranchesAs = Literal["auto", "separate"]
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm  # a SyncBatchNorm is what a conversion leaves
 
@@ -44,12 +44,12 @@ class Branches(NamedTuple):
 def form_of(conv: nn.Conv2d, branches: int, identity: bool) -> Form | None:
     """The cheapest form in which `branches` copies of a convolution train; None: as separate branches.
 
-    With C inputs and O outputs, all products of a 1 x 1 layer cost 3 O C + 2 C C multiplications a pixel in the closed
-    form, 3 O C + 3 R O C as a contraction.
+    With C inputs and O outputs, the products of a 1 x 1 layer in training cost 3 O C + 2 C C multiplications a pixel in
+    the closed form, 3 R O C stacked.
     """
     if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "same", "valid"):
-        closed = 2 * conv.in_channels < 3 * branches * conv.out_channels
-        return "closed" if closed or identity else "contraction"
+        closed = 2 * conv.in_channels < 3 * (branches - 1) * conv.out_channels
+        return "closed" if closed or identity else "stacked"
     small = max(conv.kernel_size) <= MOST_TAPS and conv.dilation == (1, 1)
     if small and conv.groups == conv.in_channels == conv.out_channels and runs_here():
         return "depthwise"
@@ -59,8 +59,8 @@ def form_of(conv: nn.Conv2d, branches: int, identity: bool) -> Form | None:
 def trains_as_one(form: Form, x: Tensor, norms: Sequence[Norm]) -> bool:
     """Whether this batch can go through one convolution: all norms use its statistics, and the form runs here.
 
-    One value for each channel is left to the batch norms, which raise an error, and a contraction with SyncBatchNorm to
-    separate branches.
+    One value for each channel is left to the batch norms, which raise an error; stacked branches with SyncBatchNorm are
+    left to them, too.
     """
     if not all(norm.training for norm in norms) or len(x) * x.shape[2] * x.shape[3] <= 1:
         return False
@@ -103,15 +103,30 @@ def _pointwise(x: Tensor, branches: Branches, form: Form) -> Tensor:
     kernels = [weight.flatten(1) for weight in branches.weights]
     if branches.identity:
         kernels.append(torch.eye(x.shape[1], dtype=kernels[0].dtype, device=x.device))
-    weight = torch.stack(kernels)
+    weight, eps = torch.stack(kernels), branches.norms[0].eps
+    if form == "stacked":
+        return _stacked(x, weight, eps, branches)
     gamma, beta = _affine(branches, weight.dtype)
-    eps, group = branches.norms[0].eps, _group(branches.norms)
-    if form == "closed":
-        y, mean, variance = PointwiseBranches.apply(x, weight, gamma, beta, branches.limits, eps, group)  # pyright: ignore
-    else:
-        y, mean, variance = ContractionBranches.apply(x, weight, gamma, beta, branches.limits, eps)  # pyright: ignore
+    y, mean, variance = PointwiseBranches.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        x, weight, gamma, beta, branches.limits, eps, _group(branches.norms)
+    )
     _update(branches, mean, variance)
     return y
+
+
+def _stacked(x: Tensor, weight: Tensor, eps: float, branches: Branches) -> Tensor:
+    """`weight` [R, O, C]."""
+    gamma, beta = (torch.cat([getattr(norm, name) for norm in branches.norms]) for name in ("weight", "bias"))
+    mean, variance = torch.zeros_like(gamma), torch.zeros_like(beta)
+    z = images_of(F.linear(rows_of(x), weight.flatten(0, 1)), x)
+    z = F.batch_norm(z, mean, variance, gamma, beta, training=True, momentum=1.0, eps=eps)
+    _update(branches, mean.view(len(weight), -1), variance.view(len(weight), -1))  # momentum 1: those of this batch
+    y, *others = z.split(weight.shape[1], dim=1)
+    for other in others:
+        y = y + other
+    if branches.bias is not None:
+        y = y + 0.0 * branches.bias[:, None, None].to(y.dtype)
+    return y if branches.limits is None else y.clamp_(*branches.limits)
 
 
 def _affine(branches: Branches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,7 @@ branches is one convolution with K = sum a w, and backward, with D = sum of dy (
     d x     = K' (dy - mean dy) - Q (x - m),  Q = sum w' a g / (sqrt(variance + eps) M) w
 
 Only x is kept for it: two products of x with C x C matrices more than the plain convolution, and no pass over the
-outputs for batch norms. Where C is much larger than the number of outputs, the normalised outputs of all branches cost
-less than those matrices (ContractionBranches): then S w' is their product with x, and Q (x - m) is theirs with w. Both
-are plain torch, for any device.
+outputs for batch norms. Plain torch, for any device.
 """
 
 from typing import Any
@@ -49,7 +47,7 @@ class PointwiseBranches(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = dtype_of_result(x)
         with torch.autocast(x.device.type, enabled=False):
-            rows, count = _rows(x).to(weight.dtype), total_of(group, len(x) * x.shape[2] * x.shape[3], x.device)
+            rows, count = rows_of(x).to(weight.dtype), total_of(group, len(x) * x.shape[2] * x.shape[3], x.device)
             mean_of_x = rows.sum(0)
             sum_over(group, mean_of_x)
             mean_of_x /= count
@@ -76,67 +74,18 @@ class PointwiseBranches(torch.autograd.Function):
         x, y, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
         dy = _through(dy, y, ctx.limits)
         with torch.autocast(x.device.type, enabled=False):
-            rows, centred = _rows(dy), (_rows(x).to(weight.dtype) - mean_of_x).to(dy.dtype)
+            rows, centred = rows_of(dy), (rows_of(x).to(weight.dtype) - mean_of_x).to(dy.dtype)
             correlation, total = (rows.t() @ centred).to(weight.dtype), rows.sum(0, dtype=weight.dtype)
             processes = sum_over(ctx.group, correlation, total)
             gamma_gradient = (weight * correlation).sum(2) * deviation
-            inner = correlation - (gamma_gradient * deviation)[:, :, None] * product
-            weight_gradient = factor[:, :, None] * inner
-            share = (factor * gamma_gradient * deviation / ctx.count).view(-1, 1)
-            quadratic = weight.flatten(0, 1).t() @ (weight.flatten(0, 1) * share)
+            share = factor * gamma_gradient * deviation
+            weight_gradient = (factor[:, :, None] * correlation).addcmul_(share[:, :, None], product, value=-1)
+            quadratic = weight.flatten(0, 1).t() @ (weight * (share / ctx.count)[:, :, None]).flatten(0, 1)
             constant = (total / -ctx.count) @ kernel
             dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
             dx.addmm_(centred, quadratic.to(dy.dtype), alpha=-1)
         gradients = [gradient / processes for gradient in (weight_gradient, gamma_gradient, total)]
-        return _images(dx.to(x.dtype), x), *gradients, None, None, None
-
-
-class ContractionBranches(torch.autograd.Function):
-    """(x, weight, gamma, beta, limits, eps) -> (y, mean, variance): as PointwiseBranches, within one process.
-
-    The normalised outputs [N, R O, H, W] of the branches are kept beside x, in the dtype of y.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, limits: Limits | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, flat = dtype_of_result(x), weight.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            outputs = _convolution(x, flat, None, dtype)
-            normalised, mean, deviation = torch.native_batch_norm(outputs, None, None, None, None, True, 0.0, eps)
-            mean, deviation = (tensor.to(weight.dtype).view_as(gamma) for tensor in (mean, deviation))
-            factor = gamma * deviation
-            kernel = (weight * factor[:, :, None]).sum(0)
-            y = _convolution(x, kernel, beta - (factor * mean).sum(0), dtype)
-            if limits:
-                y.clamp_(*limits)
-        count = len(x) * x.shape[2] * x.shape[3]
-        ctx.save_for_backward(x, y if limits else None, weight, normalised, deviation, factor, kernel)
-        ctx.limits = limits
-        unbiased = (deviation.pow(-2) - eps) * (count / (count - 1))
-        ctx.mark_non_differentiable(mean, unbiased)
-        return y, mean, unbiased
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, normalised, deviation, factor, kernel = ctx.saved_tensors
-        dy = _through(dy, y, ctx.limits)
-        with torch.autocast(x.device.type, enabled=False):
-            rows, inputs, outputs = _rows(dy), _rows(x).to(dy.dtype), _rows(normalised)
-            total, count = rows.sum(0, dtype=weight.dtype), len(rows)
-            mean_of_x = inputs.sum(0, dtype=weight.dtype) / count
-            correlation = (rows.t() @ inputs).to(weight.dtype).addr_(total, mean_of_x, alpha=-1)
-            product = (outputs.t() @ inputs).to(weight.dtype).view_as(weight)
-            gamma_gradient = (weight * correlation).sum(2) * deviation
-            inner = correlation - (gamma_gradient / count)[:, :, None] * product
-            weight_gradient = factor[:, :, None] * inner
-            share = (factor * gamma_gradient / count).view(-1, 1)
-            constant = (total / -count) @ kernel
-            dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
-            dx.addmm_(outputs, (weight.flatten(0, 1) * share).to(dy.dtype), alpha=-1)
-        return _images(dx.to(x.dtype), x), weight_gradient, gamma_gradient, total, None, None
+        return images_of(dx.to(x.dtype), x), *gradients, None, None, None
 
 
 def dtype_of_result(x: Tensor) -> torch.dtype:
@@ -150,17 +99,17 @@ def _through(dy: Tensor, y: Tensor, limits: Limits | None) -> Tensor:
     return torch.ops.aten.hardtanh_backward(dy, y, *limits) if limits else dy
 
 
-def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _convolution(x: Tensor, kernel: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The 1 x 1 convolution of x [N, C, H, W] with kernel [O, C] and bias [O]; channels last."""
     x = x.to(dtype, memory_format=torch.channels_last)
-    return F.conv2d(x, kernel.to(dtype)[:, :, None, None], None if bias is None else bias.to(dtype))
+    return F.conv2d(x, kernel.to(dtype)[:, :, None, None], bias.to(dtype))
 
 
-def _rows(images: Tensor) -> Tensor:
+def rows_of(images: Tensor) -> Tensor:
     """[N, C, H, W] -> [N H W, C]; no copy when channels are last."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _images(rows: Tensor, like: Tensor) -> Tensor:
+def images_of(rows: Tensor, like: Tensor) -> Tensor:
     """[N H W, C] -> [N, C, H, W], channels last, of the size of `like`."""
     return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
