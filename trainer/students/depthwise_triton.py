@@ -58,13 +58,9 @@ def forward(x: Tensor, geometry: Geometry, kernel: Tensor, bias: Tensor, limits:
     """The convolution with kernel [T, C] and bias [C], clamped to the limits."""
     size = (len(x), x.shape[1], *geometry.output)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    sizes = (len(x), x.shape[1], *x.shape[2:], *geometry.output, *geometry.before)
-    grid = _grid(y)
+    low, high = limits or NO_LIMITS
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
-            x, kernel.to(x.dtype), bias.to(x.dtype), y, *(limits or NO_LIMITS), *sizes,
-            *geometry.kernel, *geometry.stride, IMAGES, PIXELS, CHANNELS
-        )  # fmt: skip
+        _forward_kernel[_grid(y)](x, kernel.to(x.dtype), bias.to(x.dtype), y, low, high, *_sizes(x, geometry))
     return y
 
 
@@ -99,18 +95,21 @@ def backward(
     dx, dy = torch.empty_like(x), _through(dy, y, limits)
     rows, columns = (_classes(geometry, axis, x.shape[2 + axis], x.device) for axis in (0, 1))
     table = _stencils(geometry, rows[0], columns[0], weight, share, offset - kernel * means).to(x.dtype)
-    sizes = (len(x), x.shape[1], *x.shape[2:], *geometry.output, *geometry.before)
+    arrays = (kernel.to(x.dtype), table, rows[1], columns[1], len(columns[0]))
     with torch.cuda.device_of(x):
-        _backward_kernel[_grid(x)](
-            x, dy, kernel.to(x.dtype), table, rows[1], columns[1], len(columns[0]), dx, *sizes,
-            *geometry.kernel, *geometry.stride, IMAGES, PIXELS, CHANNELS
-        )  # fmt: skip
+        _backward_kernel[_grid(x)](x, dy, *arrays, dx, *_sizes(x, geometry))
     return dx
 
 
 def _through(dy: Tensor, y: Tensor | None, limits: Limits | None) -> Tensor:
     """The gradient before an activation, from the one after it."""
     return dy if y is None else torch.ops.aten.hardtanh_backward(dy, y, *(limits or NO_LIMITS))
+
+
+def _sizes(x: Tensor, geometry: Geometry) -> tuple[Any, ...]:
+    """Integers, of which kernels call some constexpr."""
+    kernel, stride, before, output = geometry
+    return (*x.shape, *output, *before, *kernel, *stride, IMAGES, PIXELS, CHANNELS)
 
 
 def _grid(result: Tensor) -> tuple[int, int, int]:
@@ -131,19 +130,19 @@ def _products(
     """[rows, columns, P + 1, C]: the sums over the batch of each pixel of `left` times P pixels of `right`, and of the
     pixel itself, all minus shift [C].
 
-    `size` is the rows and columns of `left`, counted from `left_before` zeros before it on. `partners` are (first, line,
-    P): the pixels of `right` from the one that belongs to the pixel on, in lines of a length, which start `first` pixels
-    before it.
+    `size` is the rows and columns of `left`, counted from `left_before` zeros before it on. `partners` are (first,
+    line, P): the pixels of `right` from the one that belongs to the pixel on, in lines of a length, which start `first`
+    pixels before it.
     """
     channels, count = left.shape[1], partners[2]
     result = torch.empty(*size, count + 1, channels, dtype=left.dtype, device=left.device)
     block = triton.next_power_of_2(count + 1)
     columns = max(1, TILE // block)
-    sizes = (len(left), channels, *left.shape[2:], *left_before, *right.shape[2:], *right_before)
+    grid = (size[0], triton.cdiv(size[1], columns), triton.cdiv(channels, CHANNELS))
+    images = (*left.shape, *left_before, *right.shape[2:], *right_before)
+    sizes: tuple[Any, ...] = (*images, size[1], *stride, *partners, block, columns, CHANNELS)
     with torch.cuda.device_of(left):
-        _products_kernel[size[0], triton.cdiv(size[1], columns), triton.cdiv(channels, CHANNELS)](
-            left, right, shift.to(left.dtype), result, *sizes, size[1], *stride, *partners, block, columns, CHANNELS
-        )
+        _products_kernel[grid](left, right, shift.to(left.dtype), result, *sizes)
     return result
 
 
@@ -175,7 +174,7 @@ def _stencils(
 
 
 @triton.jit
-def _pixels(images: Any, n: Any, y: Any, x: Any, c: Any, batch: Any, height: Any, width: Any, channels: Any) -> Any:
+def _pixels(images, n, y, x, c, batch, height, width, channels):
     """Pixels of images [batch, height, width, channels]; zeros outside of them."""
     inside = (n < batch) & (y >= 0) & (y < height) & (x >= 0) & (x < width) & (c < channels)
     place = ((tl.cast(n, tl.int64) * height + y) * width + x) * channels + c
@@ -215,9 +214,10 @@ def _forward_kernel(
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     y, left = p // out_width * STRIDE_Y - top, p % out_width * STRIDE_X - before
     v = tl.zeros((IMAGES, PIXELS, CHANNELS), x.dtype.element_ty) + tl.load(bias + c, mask=c < channels, other=0.0)
-    for t in range(KERNEL_HEIGHT * KERNEL_WIDTH):
-        at = _pixels(x, n, y + t // KERNEL_WIDTH, left + t % KERNEL_WIDTH, c, batch, height, width, channels)
-        v += tl.load(kernel + t * channels + c, mask=c < channels, other=0.0) * at
+    for i in range(KERNEL_HEIGHT):
+        for j in range(KERNEL_WIDTH):
+            at = _pixels(x, n, y + i, left + j, c, batch, height, width, channels)
+            v += tl.load(kernel + (i * KERNEL_WIDTH + j) * channels + c, mask=c < channels, other=0.0) * at
     v = tl.where(v < low, low, tl.where(v > high, high, v))  # unlike tl.clamp, this keeps NaN, as torch does
     place = (tl.cast(n, tl.int64) * out_height * out_width + p) * channels + c
     tl.store(result + place, v, mask=(n < batch) & (p < out_height * out_width) & (c < channels))
@@ -240,15 +240,16 @@ def _backward_kernel(
     own = (rows * column_sets + tl.load(column_set + column)) * (NEAR + 1)
     v = tl.zeros((IMAGES, PIXELS, CHANNELS), x.dtype.element_ty)
     v += tl.load(table + (own + NEAR) * channels + c, mask=inside, other=0.0)
-    for d in range(NEAR):
-        near_y, near_x = y + d // LINE - (KERNEL_HEIGHT - 1), column + d % LINE - (KERNEL_WIDTH - 1)
-        at = _pixels(x, n, near_y, near_x, c, batch, height, width, channels)
-        v += tl.load(table + (own + d) * channels + c, mask=inside, other=0.0) * at
-    for t in range(KERNEL_HEIGHT * KERNEL_WIDTH):
-        start_y, start_x = y + top - t // KERNEL_WIDTH, column + before - t % KERNEL_WIDTH
-        out_y = tl.where(start_y % STRIDE_Y == 0, start_y // STRIDE_Y, -1)
-        out_x = tl.where(start_x % STRIDE_X == 0, start_x // STRIDE_X, -1)
-        at = _pixels(dy, n, out_y, out_x, c, batch, out_height, out_width, channels)
-        v += tl.load(kernel + t * channels + c, mask=c < channels, other=0.0) * at
+    for i in range(2 * KERNEL_HEIGHT - 1):
+        for j in range(LINE):
+            near_y, near_x = y + i - (KERNEL_HEIGHT - 1), column + j - (KERNEL_WIDTH - 1)
+            at = _pixels(x, n, near_y, near_x, c, batch, height, width, channels)
+            v += tl.load(table + (own + i * LINE + j) * channels + c, mask=inside, other=0.0) * at
+    for i in range(KERNEL_HEIGHT):
+        out_y = tl.where((y + top - i) % STRIDE_Y == 0, (y + top - i) // STRIDE_Y, -1)
+        for j in range(KERNEL_WIDTH):
+            out_x = tl.where((column + before - j) % STRIDE_X == 0, (column + before - j) // STRIDE_X, -1)
+            at = _pixels(dy, n, out_y, out_x, c, batch, out_height, out_width, channels)
+            v += tl.load(kernel + (i * KERNEL_WIDTH + j) * channels + c, mask=c < channels, other=0.0) * at
     place = (tl.cast(n, tl.int64) * height * width + p) * channels + c
     tl.store(result + place, v, mask=(n < batch) & inside)
