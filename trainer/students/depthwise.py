@@ -112,7 +112,7 @@ class DepthwiseBranches(torch.autograd.Function):
         means = beta_gradient / ctx.count
         arrays = (kernel, weight, len(weight), share, offset, means)
         _call("backward", x, ctx.shape, x, dy, y, *ctx.limits, *arrays, dx)
-        gradients = [gradient / processes for gradient in (weight_gradient, gamma_gradient, beta_gradient)]
+        gradients = share_of(processes, weight_gradient, gamma_gradient, beta_gradient)
         return dx, *gradients, None, None, None, None
 
 
@@ -123,6 +123,11 @@ def sum_over(group: dist.ProcessGroup | None, *tensors: Tensor) -> int:
     for tensor in tensors:
         dist.all_reduce(tensor, group=group)
     return dist.get_world_size(group)
+
+
+def share_of(processes: int, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """Each process's share of gradients that are sums over all processes: DistributedDataParallel averages them."""
+    return gradients if processes == 1 else tuple(gradient / processes for gradient in gradients)
 
 
 def total_of(group: dist.ProcessGroup | None, number: int, device: torch.device) -> int:
@@ -143,7 +148,9 @@ def _patch_sums(
     shift = x[:, :, x.shape[2] // 2].mean((0, 2)).double()
     shift /= sum_over(group, shift)
     gram, sums = shift.new_empty(taps, taps, channels), shift.new_empty(taps, channels)
-    _call("gram", x, shape, x, shift, gram, sums)
+    # In images smaller than the kernel some taps see nothing but padding: their variance, 0, is a difference of sums.
+    exact = x.double() if x.shape[2] < geometry.kernel[0] or x.shape[3] < geometry.kernel[1] else x
+    _call("gram", exact, shape, exact, shift, gram, sums)
     count = total_of(group, len(x) * geometry.output[0] * geometry.output[1], x.device)
     sum_over(group, gram, sums)
     return gram, sums, shift, count

@@ -13,12 +13,13 @@ depend on them.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trainer.students.depthwise import MOST_TAPS, DepthwiseBranches, Geometry, Limits, runs_here
 from trainer.students.geometry import centre_tap, output_size, padding
@@ -76,23 +77,13 @@ def sum_of_branches(form: Form, x: Tensor, branches: Branches) -> Tensor:
 
 @torch.compiler.disable()  # the kernels are no operations that torch could compile
 def _depthwise(x: Tensor, branches: Branches) -> Tensor:
-    conv, channels = branches.conv, x.shape[1]
-    height, width = conv.kernel_size
-    taps, (row, column) = height * width, centre_tap(conv)
-    centre = row * width + column
-    kernels = [weight.view(channels, taps).t() for weight in branches.weights]
-    if branches.scale is not None:
-        kernels.append(F.pad(branches.scale.view(1, channels), (0, 0, centre, taps - 1 - centre)))
-    if branches.identity:
-        kernels.append(F.pad(x.new_ones(1, channels), (0, 0, centre, taps - 1 - centre)))
+    conv = branches.conv
     before = tuple(padding(conv, axis, x.shape[2 + axis])[0] for axis in (0, 1))
     output = tuple(output_size(conv, axis, x.shape[2 + axis]) for axis in (0, 1))
-    geometry = Geometry((height, width), _two(conv.stride), _two(before), _two(output))
+    geometry = Geometry(_two(conv.kernel_size), _two(conv.stride), _two(before), _two(output))
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    gamma, beta = _affine(branches, torch.float64)
-    eps, group = branches.norms[0].eps, _group(branches.norms)
     y, mean, variance = DepthwiseBranches.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        exact, torch.stack(kernels).double(), gamma, beta, geometry, branches.limits, eps, group
+        exact, *_arrays(branches, True), geometry, branches.limits, branches.norms[0].eps, _group(branches.norms)
     )
     _update(branches, mean, variance)
     return y.to(dtype_of_result(x))
@@ -100,28 +91,24 @@ def _depthwise(x: Tensor, branches: Branches) -> Tensor:
 
 def _pointwise(x: Tensor, branches: Branches, form: Form) -> Tensor:
     x = x[:, :, :: branches.conv.stride[0], :: branches.conv.stride[1]]
-    kernels = [weight.flatten(1) for weight in branches.weights]
-    if branches.identity:
-        kernels.append(torch.eye(x.shape[1], dtype=kernels[0].dtype, device=x.device))
-    weight, eps = torch.stack(kernels), branches.norms[0].eps
     if form == "stacked":
-        return _stacked(x, weight, eps, branches)
-    gamma, beta = _affine(branches, weight.dtype)
+        return _stacked(x, branches)
     y, mean, variance = PointwiseBranches.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        x, weight, gamma, beta, branches.limits, eps, _group(branches.norms)
+        x, *_arrays(branches, False), branches.limits, branches.norms[0].eps, _group(branches.norms)
     )
     _update(branches, mean, variance)
     return y
 
 
-def _stacked(x: Tensor, weight: Tensor, eps: float, branches: Branches) -> Tensor:
-    """`weight` [R, O, C]."""
+def _stacked(x: Tensor, branches: Branches) -> Tensor:
+    weight, eps = torch.cat(branches.weights).flatten(1), branches.norms[0].eps
     gamma, beta = (torch.cat([getattr(norm, name) for norm in branches.norms]) for name in ("weight", "bias"))
     mean, variance = torch.zeros_like(gamma), torch.zeros_like(beta)
-    z = images_of(F.linear(rows_of(x), weight.flatten(0, 1)), x)
+    z = images_of(F.linear(rows_of(x), weight), x)
     z = F.batch_norm(z, mean, variance, gamma, beta, training=True, momentum=1.0, eps=eps)
-    _update(branches, mean.view(len(weight), -1), variance.view(len(weight), -1))  # momentum 1: those of this batch
-    y, *others = z.split(weight.shape[1], dim=1)
+    statistics = (tensor.view(len(branches.norms), -1) for tensor in (mean, variance))
+    _update(branches, *statistics)  # with momentum 1 they are those of this batch
+    y, *others = z.chunk(len(branches.norms), dim=1)
     for other in others:
         y = y + other
     if branches.bias is not None:
@@ -129,12 +116,49 @@ def _stacked(x: Tensor, weight: Tensor, eps: float, branches: Branches) -> Tenso
     return y if branches.limits is None else y.clamp_(*branches.limits)
 
 
-def _affine(branches: Branches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """gamma [R, O] of the norms and beta [O], the sum of theirs. The bias of a convolution before a batch norm changes
-    nothing, but has a gradient of zeros, which DistributedDataParallel waits for."""
-    gamma = torch.stack([norm.weight for norm in branches.norms]).to(dtype)
-    beta = torch.stack([norm.bias for norm in branches.norms]).to(dtype).sum(0)
-    return gamma, beta if branches.bias is None else beta + 0.0 * branches.bias.to(dtype)
+def _arrays(branches: Branches, depthwise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameters of all branches as the Functions take them: weight [R, T, C] (depthwise) or [R, O, C], gamma
+    [R, O], beta [O]."""
+    optional = [tensor for tensor in (branches.scale, branches.bias) if tensor is not None]
+    gammas, betas = ([getattr(norm, name) for norm in branches.norms] for name in ("weight", "bias"))
+    return _Arrays.apply(branches, depthwise, *branches.weights, *optional, *gammas, *betas)  # pyright: ignore
+
+
+class _Arrays(torch.autograd.Function):
+    """One operation for all that a layer's parameters go through: as many small ones would cost more than the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, branches: Branches, depthwise: bool, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.branches, ctx.depthwise = branches, depthwise
+        weights = [weight.flatten(1).t() if depthwise else weight.flatten(1) for weight in branches.weights]
+        (rows, columns), centre = weights[0].shape, _centre(branches.conv)
+        if branches.scale is not None:
+            weights.append(F.pad(branches.scale.view(1, columns), (0, 0, centre, rows - 1 - centre)))
+        if branches.identity and depthwise:
+            weights.append(F.pad(weights[0].new_ones(1, columns), (0, 0, centre, rows - 1 - centre)))
+        elif branches.identity:
+            weights.append(torch.eye(rows, dtype=weights[0].dtype, device=weights[0].device))
+        gamma, beta = (torch.stack([getattr(norm, name) for norm in branches.norms]) for name in ("weight", "bias"))
+        dtype = torch.float64 if depthwise else gamma.dtype
+        return torch.stack(weights).to(dtype), gamma.to(dtype), beta.to(dtype).sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        branches: Branches = ctx.branches
+        weight, gamma, beta = (gradient.to(branches.norms[0].weight.dtype) for gradient in gradients)
+        of_weights = zip(weight, branches.weights, strict=False)
+        result = [(own.t() if ctx.depthwise else own).reshape(like.shape) for own, like in of_weights]
+        if branches.scale is not None:
+            result.append(weight[len(result), _centre(branches.conv)].view_as(branches.scale))
+        if branches.bias is not None:  # before a batch norm it changes nothing; DistributedDataParallel waits for zeros
+            result.append(torch.zeros_like(branches.bias))
+        return None, None, *result, *gamma, *[beta] * len(branches.norms)
+
+
+def _centre(conv: nn.Conv2d) -> int:
+    row, column = centre_tap(conv)
+    return row * conv.kernel_size[1] + column
 
 
 @torch.no_grad()

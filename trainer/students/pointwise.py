@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.students.depthwise import Limits, sum_over, total_of
+from trainer.students.depthwise import Limits, share_of, sum_over, total_of
 
 
 class PointwiseBranches(torch.autograd.Function):
@@ -84,7 +84,7 @@ class PointwiseBranches(torch.autograd.Function):
             constant = (total / -ctx.count) @ kernel
             dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
             dx.addmm_(centred, quadratic.to(dy.dtype), alpha=-1)
-        gradients = [gradient / processes for gradient in (weight_gradient, gamma_gradient, total)]
+        gradients = share_of(processes, weight_gradient, gamma_gradient, total)
         return images_of(dx.to(x.dtype), x), *gradients, None, None, None
 
 
