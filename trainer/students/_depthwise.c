@@ -28,7 +28,7 @@ images smaller than the kernel. */
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BYTES = 32, BLOCKS = 2, TILE = 2048, FAILED = -1 }; /* a vector, a cache line; pixels of a tile */
+enum { BYTES = 32, BLOCKS = 4, TILE = 1024, FAILED = -1 }; /* of a vector; vectors of a group; pixels of a tile */
 
 typedef struct {
     int64_t batch, channels, height, width, out_height, out_width;

@@ -1,6 +1,6 @@
-/* The kernels of _depthwise.c for one type of numbers, REAL. A group is two vectors' worth of channels, a cache line; its
-blocks, a vector each, are copied together and then take turns at a tile that is in cache. Sums of a tile are added up in
-float64. Small arrays are [..., channels], float64. */
+/* The kernels of _depthwise.c for one type of numbers, REAL. A group is BLOCKS vectors of channels: whole cache lines are
+copied, and then the vectors take turns at a tile that is in cache. Sums of a tile are added up in float64. Small arrays
+are [..., channels], float64. */
 
 typedef REAL NAME(Vector) __attribute__((vector_size(BYTES)));
 typedef REAL NAME(Unaligned) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
@@ -24,7 +24,8 @@ typedef struct {
 outside of the image is a zero, minus `shift`. */
 static void NAME(put)(VECTOR *to, int64_t block, int64_t pitch, NAME(Part) part, int64_t channels,
                       const VECTOR *shift) {
-    const int64_t blocks = (channels + LANES - 1) / LANES, end = least(part.columns, part.left + part.width);
+    const int64_t blocks = (channels + LANES - 1) / LANES, full = channels / LANES;
+    const int64_t end = least(part.columns, part.left + part.width);
     for (int64_t image = 0; image < part.images; image++)
         for (int64_t r = part.low; r < part.high; r++, to += pitch) {
             const int outside = r < 0 || r >= part.height;
@@ -34,19 +35,19 @@ static void NAME(put)(VECTOR *to, int64_t block, int64_t pitch, NAME(Part) part,
                 for (int64_t c = outside ? part.columns : end; c < part.columns; c++) to[b * block + c] = -shift[b];
             }
             if (outside) continue;
-            if (channels == GROUP)
-                for (int64_t c = part.left; c < end; c++)
+            for (int64_t c = part.left; channels == GROUP && c < end; c++)
 #pragma GCC unroll 4
-                    for (int64_t b = 0; b < BLOCKS; b++)
-                        to[b * block + c] = ((const NAME(Unaligned) *)(row + c * part.channels))[b] - shift[b];
-            else
-                for (int64_t c = part.left; c < end; c++)
-                    for (int64_t b = 0; b < blocks; b++) {
-                        VECTOR v = {0};
-                        for (int64_t lane = 0; lane < least(LANES, channels - b * LANES); lane++)
-                            v[lane] = row[c * part.channels + b * LANES + lane];
-                        to[b * block + c] = v - shift[b];
-                    }
+                for (int64_t b = 0; b < BLOCKS; b++)
+                    to[b * block + c] = ((const NAME(Unaligned) *)(row + c * part.channels))[b] - shift[b];
+            for (int64_t c = part.left; channels < GROUP && c < end; c++)
+                for (int64_t b = 0; b < blocks; b++) {
+                    VECTOR v = {0};
+                    if (b < full)
+                        v = ((const NAME(Unaligned) *)(row + c * part.channels))[b];
+                    else
+                        memcpy(&v, row + c * part.channels + b * LANES, (size_t)(channels - b * LANES) * sizeof(REAL));
+                    to[b * block + c] = v - shift[b];
+                }
         }
 }
 
