@@ -19,15 +19,21 @@ def flags() -> tuple[list[str], list[str]]:
     return [], ["-ljpeg", "-lz"]
 
 
+NEEDS = {
+    "pipeline._jpeg": "the headers of libjpeg-turbo and zlib; install libjpeg-dev and zlib1g-dev (Debian, Ubuntu), "
+    "libjpeg-turbo-devel and zlib-devel (Fedora), jpeg-turbo (Homebrew) or libjpeg-turbo (conda)",
+    "trainer.students._depthwise": "vector extensions; install GCC or Clang",
+}
+
+
 class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
         except (CCompilerError, ExecError):
             raise SystemExit(
-                "softshard: pipeline/_jpeg.c: expected a C compiler and the headers of libjpeg-turbo and zlib, found "
-                "that it does not build (the compiler's message is above); install libjpeg-dev and zlib1g-dev (Debian, "
-                "Ubuntu), libjpeg-turbo-devel and zlib-devel (Fedora), jpeg-turbo (Homebrew) or libjpeg-turbo (conda)"
+                f"softshard: {ext.sources[0]}: expected a C compiler and {NEEDS[ext.name]}; found that it does not build "
+                "(the compiler's message is above)"
             ) from None
 
 

@@ -7,7 +7,6 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, FormatError
 from trainer.recipe import TrainRecipe
 from trainer.students import build_student, expand
 from trainer.students.weights import load_weights, read_weights
@@ -46,15 +45,3 @@ def make_student(recipe: TrainRecipe, weights: Path | None = None) -> Student:
     if weights:
         load_weights(network, read_weights(weights), str(weights), "this recipe's student")
     return Student(network).to(memory_format=torch.channels_last)
-
-
-def load_exported(folder: Path) -> Student:
-    """A folder that `export` wrote, through stock timm."""
-    if not (folder / "config.json").is_file():
-        raise DataError(
-            f"{folder}: expected an exported folder with config.json, found none; make it with `trainer export`"
-        )
-    try:
-        return Student(timm.create_model(f"local-dir:{folder}", pretrained=True)).to(memory_format=torch.channels_last)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FormatError(f"{folder}: expected a model that timm loads, found: {error}; export again") from None
