@@ -32,8 +32,8 @@ class Build(build_ext):
             super().build_extension(ext)
         except (CCompilerError, ExecError):
             raise SystemExit(
-                f"softshard: {ext.sources[0]}: expected a C compiler and {NEEDS[ext.name]}; found that it does not build "
-                "(the compiler's message is above)"
+                f"softshard: {ext.sources[0]}: expected a C compiler and {NEEDS[ext.name]}; found that it does not "
+                "build (the compiler's message is above)"
             ) from None
 
 
