@@ -62,9 +62,9 @@ class PointwiseBranches(torch.autograd.Function):
             y = _convolution(x, kernel, beta - kernel @ mean_of_x, dtype)
             if limits:
                 y.clamp_(*limits)
+            mean, unbiased = weight @ mean_of_x, variance * (count / (count - 1))
         ctx.save_for_backward(x, y if limits else None, weight, product, mean_of_x, deviation, factor, kernel)
         ctx.count, ctx.group, ctx.limits = count, group, limits
-        mean, unbiased = weight @ mean_of_x, variance * (count / (count - 1))
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
 
