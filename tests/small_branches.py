@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 from small_students import grad, randomise
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from trainer.students.branches import MultiBranchConv
 
+ACTIVATIONS = {"none": None, "relu": nn.ReLU, "relu6": nn.ReLU6}
 Results = dict[str, Tensor]  # y, d x, gradients and buffers by their names
 
 
@@ -28,6 +30,12 @@ def both_forms(conv, bn, *, branches=2, scale=True, identity=True, seed=1) -> Fo
     separate.load_state_dict(as_one.state_dict(), strict=True)
     assert separate.form is None
     return Forms(as_one.train(), separate.train())
+
+
+def norm(channels: int, activation: str = "none"):
+    """A batch norm, with an activation as timm has it."""
+    act = ACTIVATIONS[activation]
+    return nn.BatchNorm2d(channels) if act is None else BatchNormAct2d(channels, act_layer=act)
 
 
 def to(forms: Forms, dtype: torch.dtype) -> Forms:

@@ -7,9 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_branches import Forms, batch, both_forms, difference, errors_in_float32, errors_of_step, rounded, step, to
+from small_branches import (
+    ACTIVATIONS,
+    Forms,
+    batch,
+    both_forms,
+    difference,
+    errors_in_float32,
+    errors_of_step,
+    norm,
+    rounded,
+    step,
+    to,
+)
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from trainer.students.depthwise import DepthwiseBranches, Geometry
@@ -39,7 +50,6 @@ GEOMETRIES = [
     (1, 2, 3),
 ]
 each_geometry = pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
-ACTIVATIONS = {"none": None, "relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
 def convolution(channels, kernel, stride, padding, bias):
@@ -50,11 +60,10 @@ def convolution(channels, kernel, stride, padding, bias):
 
 def layer(channels, kernel, stride=1, padding=0, *, bias=False, activation="none", seed=1, **wanted) -> Forms:
     torch.manual_seed(seed)
-    act = ACTIVATIONS[activation]
-    bn = nn.BatchNorm2d(channels) if act is None else BatchNormAct2d(channels, act_layer=act)
-    forms = both_forms(convolution(channels, kernel, stride, padding, bias), bn, seed=seed, **wanted)
-    assert forms.as_one.form == "depthwise" or channels == 1 == max(forms.as_one.plain.conv.kernel_size)
-    assert (forms.as_one.act is None) == (act is None)
+    conv = convolution(channels, kernel, stride, padding, bias)
+    forms = both_forms(conv, norm(channels, activation), seed=seed, **wanted)
+    assert forms.as_one.form == "depthwise"
+    assert (forms.as_one.act is None) == (activation == "none")
     return to(forms, torch.float64)
 
 

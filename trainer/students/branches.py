@@ -97,7 +97,7 @@ class MultiBranchConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norms = self.norms()
-        if self.form and trains_as_one(self.form, x, norms):
+        if self.form and trains_as_one(self.form, self.plain.conv, x, norms):
             weights = tuple(branch.conv.weight for branch in self.conv_bns())
             scale = self.scale.conv.weight if self.scale is not None else None
             bias = self.conv_bns()[0].conv.bias

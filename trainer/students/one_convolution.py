@@ -50,20 +50,23 @@ def form_of(conv: nn.Conv2d, branches: int, identity: bool) -> Form | None:
     """
     if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "same", "valid"):
         closed = 2 * conv.in_channels < 3 * (branches - 1) * conv.out_channels
-        return "closed" if closed or identity else "stacked"
+        return "closed" if closed or identity else "stacked" if branches > 1 else None
     small = max(conv.kernel_size) <= MOST_TAPS and conv.dilation == (1, 1)
     if small and conv.groups == conv.in_channels == conv.out_channels and runs_here():
         return "depthwise"
     return None
 
 
-def trains_as_one(form: Form, x: Tensor, norms: Sequence[Norm]) -> bool:
+def trains_as_one(form: Form, conv: nn.Conv2d, x: Tensor, norms: Sequence[Norm]) -> bool:
     """Whether this batch can go through one convolution: all norms use its statistics, and the form runs here.
 
-    One value for each channel is left to the batch norms, which raise an error; stacked branches with SyncBatchNorm are
-    left to them, too.
+    What torch refuses is left to its modules, which raise their errors: other channels, images smaller than the kernel,
+    one value for each channel. Stacked branches with SyncBatchNorm are left to them, too.
     """
-    if not all(norm.training for norm in norms) or len(x) * x.shape[2] * x.shape[3] <= 1:
+    if x.ndim != 4 or x.shape[1] != conv.in_channels or not all(norm.training for norm in norms):
+        return False
+    height, width = (output_size(conv, axis, x.shape[2 + axis]) for axis in (0, 1))
+    if min(height, width) < 1 or len(x) * height * width < (2 if _group(norms) is None else 1):
         return False
     if form == "depthwise":
         return x.device.type == "cpu"
@@ -174,11 +177,11 @@ def _update(branches: Branches, mean: Tensor, variance: Tensor) -> None:
         means.append(norm.running_mean)
         variances.append(norm.running_var)
     torch._foreach_add_(counts, 1)
-    factor = 1.0 / float(counts[0]) if norms[0].momentum is None else norms[0].momentum
+    factors = [1 / n.item() if norm.momentum is None else norm.momentum for n, norm in zip(counts, norms, strict=True)]
     found = torch.cat((mean, variance)).to(means[0].dtype)
     if branches.bias is not None:
         found[0] += branches.bias
-    torch._foreach_lerp_(means + variances, found.unbind(), factor)
+    torch._foreach_lerp_(means + variances, found.unbind(), 2 * factors)
 
 
 def _group(norms: Sequence[Norm]) -> dist.ProcessGroup | None:
