@@ -10,7 +10,6 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from trainer.students import build_student, expand, fold
-from trainer.students.branches import MultiBranchConv
 from trainer.students.trace import Kind
 
 # Odd sizes make stride 2 and "same" padding fall differently on the two sides.
@@ -40,18 +39,11 @@ def stock(name):
     return build_student(name, 10, library=MODELS[name][0])
 
 
-def expanded(model, name):
+def expanded(model, name, branches_as="auto"):
     """With the default kinds, or with all of them where most convolutions are dense or grouped."""
     kinds = ALL_KINDS if name in ("resnet18", "regnety_002", "mobilenetv4_conv_small") else ALL_KINDS[:2]
-    return expand(model, images(name, 1).to(next(model.parameters()).dtype), kinds=kinds)
-
-
-def separately(model):
-    """The same model with each branch computed by itself."""
-    for module in model.modules():
-        if isinstance(module, MultiBranchConv):
-            module.form = None
-    return model
+    example = images(name, 1).to(next(model.parameters()).dtype)
+    return expand(model, example, kinds=kinds, branches_as=branches_as)
 
 
 def images(name, count, seed=0):

@@ -13,7 +13,6 @@ from small_students import (
     grad,
     images,
     randomise,
-    separately,
     small,
     small_images,
     stock,
@@ -30,10 +29,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @each_model
-@pytest.mark.parametrize("separate", [True, False])
-def test_expand_changes_nothing_before_the_first_step(name, separate):
+@pytest.mark.parametrize("branches_as", ["separate", "auto"])
+def test_expand_changes_nothing_before_the_first_step(name, branches_as):
     """Separate branches bit for bit: branch 0 is computed by the same kernels as before, and the others add zeros.
     Through one convolution up to rounding, in training alone."""
+    separate = branches_as == "separate"
     dtype = torch.float32 if separate else torch.float64
     x = images(name, 4).to(dtype)
     plain = calibrate(randomise(stock(name)).to(dtype), x)
@@ -41,11 +41,11 @@ def test_expand_changes_nothing_before_the_first_step(name, separate):
     kept = dict(copied.named_parameters()) | dict(
         copied.named_buffers()
     )  # expand leaves these very tensors in branch 0
-    model = expanded(copied, name)
+    model = expanded(copied, name, branches_as)
     assert not any(module.training for module in model.modules())
     assert torch.equal(model(x), plain(x))
     outputs = []
-    for each in (plain, separately(model) if separate else model):
+    for each in (plain, model):
         torch.manual_seed(0)  # for dropout
         outputs.append(each.train()(x))
         outputs[-1].square().sum().backward()
@@ -155,6 +155,7 @@ def test_pairs_that_gain_nothing_stay_plain():
         ({"kinds": ["dw"]}, r"student\.expand\.kinds: expected some of depthwise, pointwise, grouped, .*, found 'dw'"),
         ({"kinds": ["grouped"]}, "found pairs: 1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none"),
         ({"init": "zero"}, r"student\.expand\.init: expected one of zero_gamma, split_gamma, found 'zero'"),
+        ({"branches_as": "one"}, r"student\.expand\.branches_as: expected one of auto, separate.* found 'one'"),
         ({"kinds": []}, r"student\.expand\.kinds: expected a list .*, found \[\]"),
         ({"kinds": "depthwise"}, r"student\.expand\.kinds: expected a list .*, found 'depthwise'"),
         ({"branches": 1, "scale": False, "identity": False}, "found pairs: 1 dense, 1 depthwise, 2 pointwise"),

@@ -72,11 +72,18 @@ def test_the_recipe_reaches_expand(tmp_path: Path) -> None:
         torch.testing.assert_close(gamma, gamma.round())  # 1, and 0 at a block's end
 
 
+@pytest.mark.parametrize(("branches_as", "forms"), [("auto", {"depthwise", "closed", "stacked"}), ("separate", {None})])
+def test_the_recipe_says_how_branches_are_computed(tmp_path: Path, branches_as: str, forms: set[str | None]) -> None:
+    student = make_student(recipe(tmp_path, ("model", "mobilenetv2_035"), ("expand.branches_as", branches_as)))
+    assert {module.form for module in student.modules() if isinstance(module, MultiBranchConv)} == forms
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("library", "keras", "--student.library: input should be 'timm' or 'torchvision'"),
         ("expand.kinds", "[dw]", "student.expand.kinds.0: input should be 'depthwise', 'pointwise', 'grouped' or "),
+        ("expand.branches_as", "one", "--student.expand.branches_as: input should be 'auto'"),
         ("expand.init", "ones", "--student.expand.init: input should be 'zero_gamma' or 'split_gamma'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from small_students import (
     assert_folds_into_a_stock_model,
     calibrate,
     difference,
+    grad,
     randomise,
-    separately,
     small_expanded,
     small_images,
 )
+from timm.layers.norm_act import BatchNormAct2d
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from workers import FORKS
 
 from trainer.students import build_student, expand, fold
+from trainer.students.branches import MultiBranchConv
 from trainer.students.trace import find_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,9 +83,9 @@ def test_gradient_checkpointing_is_what_it_is_in_the_plain_model():
     plain.set_grad_checkpointing()
     kept = copy.deepcopy(plain)
     names = {**dict(kept.named_buffers()), **dict(kept.named_parameters())}
-    model: Any = expand(kept, images(1).double())
-    as_one = copy.deepcopy(model)
-    separately(model)
+    as_one: Any = expand(copy.deepcopy(kept), images(1).double())
+    model: Any = expand(kept, images(1).double(), branches_as="separate")
+    model.load_state_dict(as_one.state_dict(), strict=True)
     assert find_pairs(plain, images(1).double()) == find_pairs(stock(), images(1))
     without = copy.deepcopy(model)
     without.set_grad_checkpointing(False)
@@ -101,17 +104,29 @@ def test_gradient_checkpointing_is_what_it_is_in_the_plain_model():
         torch.testing.assert_close(c.grad, a.grad, rtol=0, atol=1e-9 * max(a.grad.abs().max().item(), 1.0))
 
 
-def test_two_processes_train_one_student(tmp_path: Path):
+def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """What work(rank, folder) saves as rank.pt in each of two processes of a gloo group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    workers = [FORKS.Process(target=train_in_a_process, args=(rank, address, tmp_path)) for rank in range(2)]
+    workers = [FORKS.Process(target=in_a_process, args=(work, rank, address, folder)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def in_a_process(work: Callable[[int, Path], None], rank: int, address: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    work(rank, folder)
+    distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_student(tmp_path: Path):
+    one, two = in_two_processes(train_in_a_process, tmp_path)
     models = [small_expanded(seed=5) for _ in range(2)]
     for model, state in zip(models, (one, two), strict=True):
         model.load_state_dict(state, strict=True)
@@ -125,10 +140,8 @@ def test_two_processes_train_one_student(tmp_path: Path):
             assert not torch.equal(a, before), f"{key} did not learn"
 
 
-def train_in_a_process(rank: int, address: str, folder: Path) -> None:
+def train_in_a_process(rank: int, folder: Path) -> None:
     """Three steps of DDP, which stops at parameters without gradients; each process has images of its own."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     model = DistributedDataParallel(randomise(small_expanded(seed=rank)))  # rank 0's weights for all
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(3):
@@ -136,4 +149,85 @@ def train_in_a_process(rank: int, address: str, folder: Path) -> None:
         (model(small_images(seed=2 * step + rank)) - 1).square().mean().backward()
         optimizer.step()
     torch.save(model.module.state_dict(), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+
+
+# Depthwise and pointwise layers alone: torch's own SyncBatchNorm, after any other, does not run on a CPU.
+
+
+def test_two_processes_average_the_gradients_of_separate_branches(tmp_path: Path):
+    """Each process has statistics of its own."""
+    results = in_two_processes(a_step_in_a_process, tmp_path)
+    models = [narrow("separate") for _ in range(2)]
+    for model, part in zip(models, parts(), strict=True):
+        model(part).sub(1).square().sum().backward()
+    for key, parameter in models[0].named_parameters():
+        expected = (grad(parameter) + grad(models[1].get_parameter(key))) / 2
+        for result in results:
+            assert_near(result[f"d {key}"], expected)
+    for model, result in zip(models, results, strict=True):
+        for key, buffer in model.named_buffers():
+            assert_near(result[key], buffer)
+
+
+def a_step_in_a_process(rank: int, folder: Path) -> None:
+    model = narrow()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    y = wrapped(parts()[rank])
+    y.sub(1).square().sum().backward()
+    save_step(model, y, folder / f"{rank}.pt")
+
+
+def test_synchronised_statistics_are_those_of_the_whole_batch(tmp_path: Path):
+    """Two processes with five and three images and SyncBatchNorm, which the convolution of all branches takes over:
+    outputs, statistics and averaged gradients of one process with all eight and separate branches."""
+    results = in_two_processes(a_synchronised_step_in_a_process, tmp_path)
+    model = narrow("separate")
+    y = model(torch.cat(parts()))
+    (y.sub(1).square().sum() / 2).backward()  # the average over two processes
+    assert_near(torch.cat([result["y"] for result in results]), y.detach())
+    for result in results:
+        for key, parameter in model.named_parameters():
+            assert_near(result[f"d {key}"], grad(parameter))
+        for key, buffer in model.named_buffers():
+            assert_near(result[key], buffer)
+
+
+def a_synchronised_step_in_a_process(rank: int, folder: Path) -> None:
+    """Averages gradients by itself, since DistributedDataParallel refuses SyncBatchNorm on a CPU, too."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(narrow())
+    y = model(parts()[rank])
+    y.sub(1).square().sum().backward()
+    for parameter in model.parameters():
+        distributed.all_reduce(grad(parameter).div_(2))
+    save_step(model, y, folder / f"{rank}.pt")
+
+
+def narrow(branches_as: str = "auto") -> nn.Module:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        *(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=True), BatchNormAct2d(6)),
+        *(nn.Conv2d(6, 20, 1, bias=False), nn.BatchNorm2d(20)),
+        *(nn.Conv2d(20, 20, 5, 2, 2, groups=20, bias=False), BatchNormAct2d(20, act_layer=nn.ReLU6)),
+        *(nn.Conv2d(20, 20, 1, bias=True), nn.BatchNorm2d(20)),
+    )
+    model = expand(plain, torch.randn(1, 6, 9, 8), branches_as=branches_as)
+    forms = [module.form for module in model.modules() if isinstance(module, MultiBranchConv)]
+    assert forms == (["depthwise", "closed"] * 2 if branches_as == "auto" else [None] * 4)
+    return randomise(model).double().train()
+
+
+def parts() -> list[torch.Tensor]:
+    """Uneven, and with different means."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 6, 9, 8, generator=draw, dtype=torch.float64) + torch.arange(8).view(8, 1, 1, 1)
+    return [images[:5], images[5:]]
+
+
+def save_step(model: nn.Module, y: torch.Tensor, path: Path) -> None:
+    gradients = {f"d {key}": grad(parameter) for key, parameter in model.named_parameters()}
+    torch.save({"y": y.detach(), **gradients, **dict(model.named_buffers())}, path)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to 1e-11; some gradients vanish: those of biases before a batch norm."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11 * max(expected.abs().max().item(), 1.0))
