@@ -57,7 +57,8 @@ class MultiBranchConv(nn.Module):
     belongs in the place of `bn`.
 
     In training all branches of a layer go through one convolution where that is cheaper, with the same results up to
-    rounding (one_convolution.py); `branches_as="separate"` always computes them one by one.
+    rounding (one_convolution.py); `branches_as="separate"` always computes them one by one, "triton" also depthwise
+    layers on a GPU through one.
     """
 
     def __init__(
@@ -78,8 +79,7 @@ class MultiBranchConv(nn.Module):
         self.branches.extend(_new_branch(conv, bn) for _ in range(branches - 1))
         self.scale = _new_scale_branch(conv, bn) if scale and has_scale(conv) else None
         self.identity = _zero_bn(bn) if identity and has_identity(conv) else None
-        as_one = branches_as == "auto"
-        self.form: Form | None = form_of(conv, branches, self.identity is not None) if as_one else None
+        self.form: Form | None = form_of(conv, branches, self.identity is not None, branches_as)
         self.train(bn.training)
 
     def conv_bns(self) -> list[ConvBN]:

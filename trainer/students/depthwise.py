@@ -13,13 +13,15 @@ Backward, let D = sum of dy (p - m) over the batch of M patches: one correlation
     d p     = K (dy - mean dy) - Q (p - m),  Q = sum a g / (sqrt(variance + eps) M) w w'
 
 which is what backpropagation through each branch would give. Only x is kept for it. The sums over pixels are kernels in
-C (_depthwise.c); the algebra, on arrays as small as the weights, is here, in float64.
+C (_depthwise.c), on a GPU in Triton (depthwise_triton.py); the algebra, on arrays as small as the weights, is here, in
+float64.
 """
 
 import ctypes
 import functools
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -54,13 +56,31 @@ def runs_here() -> bool:
     return bool(_library.softshard_depthwise_runs_here())
 
 
+class Kernels(NamedTuple):
+    """The sums over pixels on one kind of device; depthwise_triton.py says what each gives."""
+
+    gram: Callable[..., tuple[Tensor, Tensor]]
+    moments: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., Tensor]
+    correlate: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+
+
+def kernels_for(device: str) -> Kernels:
+    if device == "cpu":
+        return Kernels(_gram, _moments, _forward, _correlate, _backward)
+    from trainer.students import depthwise_triton as triton  # where there is no GPU, there may be no Triton
+
+    return Kernels(triton.gram, triton.moments, triton.forward, triton.correlate, triton.backward)
+
+
 class DepthwiseBranches(torch.autograd.Function):
     """(x, weight, gamma, beta, geometry, limits, eps, group) -> (y, mean, variance).
 
-    x [N, C, H, W], float32 or float64, on the CPU; weight [R, T, C] and gamma [R, C] of R branches and beta [C], the
-    sum of theirs, float64. y [N, C, H', W'] of the dtype of x, channels last; mean and (unbiased) variance [R, C],
-    float64, are for the running statistics alone. y is clamped to `limits`, if given (ReLU, ReLU6), and then kept for
-    the backward pass. With a process group, statistics are those of all its processes.
+    x [N, C, H, W], float32 or float64; weight [R, T, C] and gamma [R, C] of R branches and beta [C], the sum of theirs,
+    float64. y [N, C, H', W'] of the dtype of x, channels last; mean and (unbiased) variance [R, C], float64, are for
+    the running statistics alone. y is clamped to `limits`, if given (ReLU, ReLU6), and then kept for the backward pass.
+    With a process group, statistics are those of all its processes.
     """
 
     @staticmethod
@@ -77,20 +97,18 @@ class DepthwiseBranches(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
         weight, gamma = weight.contiguous(), gamma.contiguous()
-        shape = _shape(x, geometry)
-        gram, sums, shift, count = _patch_sums(x, shape, geometry, group)
-        mean, variance, product = _moments(gram, sums, weight, count)
+        kernels = kernels_for(x.device.type)
+        gram, sums, shift, count = _patch_sums(x, geometry, group)
+        mean, variance, product = kernels.moments(gram, sums, weight, count)
         mean += shift * weight.sum(1)
         deviation = (variance.clamp_(min=0) + eps).rsqrt_()
         factor = gamma * deviation
         kernel = (weight * factor[:, None]).sum(0)
         patch_mean = sums / count + shift
         bias = beta - (kernel * patch_mean).sum(0)
-        size = (len(x), x.shape[1], *geometry.output)
-        y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-        _call("forward", x, shape, x, kernel, bias, *(limits or NO_LIMITS), y)
+        y = kernels.forward(x, geometry, kernel, bias, limits)
         ctx.save_for_backward(x, y if limits else None, weight, product, patch_mean, mean, deviation, factor, kernel)
-        ctx.shape, ctx.count, ctx.group, ctx.limits = shape, count, group, limits or NO_LIMITS
+        ctx.geometry, ctx.count, ctx.group, ctx.limits = geometry, count, group, limits
         unbiased = variance * (count / (count - 1))
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
@@ -100,18 +118,16 @@ class DepthwiseBranches(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, product, patch_mean, mean, deviation, factor, kernel = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        correlation, beta_gradient = torch.empty_like(patch_mean), torch.empty_like(patch_mean[0])
-        _call("correlate", x, ctx.shape, x, dy, y, *ctx.limits, correlation, beta_gradient)
+        kernels = kernels_for(x.device.type)
+        correlation, beta_gradient = kernels.correlate(x, ctx.geometry, dy, y, ctx.limits)
         processes = sum_over(ctx.group, correlation, beta_gradient)
         centred = correlation - beta_gradient * patch_mean
         gamma_gradient = (weight * centred).sum(1) * deviation
         weight_gradient = factor[:, None] * (centred - (gamma_gradient * deviation)[:, None] * product)
         share = factor * gamma_gradient * deviation / ctx.count
         offset = (weight * (share * mean)[:, None]).sum(0)
-        dx = torch.empty_like(x)
-        means = beta_gradient / ctx.count
-        arrays = (kernel, weight, len(weight), share, offset, means)
-        _call("backward", x, ctx.shape, x, dy, y, *ctx.limits, *arrays, dx)
+        arrays = (kernel, weight, share, offset, beta_gradient / ctx.count)
+        dx = kernels.backward(x, ctx.geometry, dy, y, ctx.limits, *arrays)
         gradients = share_of(processes, weight_gradient, gamma_gradient, beta_gradient)
         return dx, *gradients, None, None, None, None
 
@@ -139,21 +155,49 @@ def total_of(group: dist.ProcessGroup | None, number: int, device: torch.device)
     return int(total)
 
 
-def _patch_sums(
-    x: Tensor, shape: Tensor, geometry: Geometry, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor, int]:
+def _patch_sums(x: Tensor, geometry: Geometry, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, int]:
     """The Gram matrices [T, T, C] and the sums [T, C] of the patches minus a shift [C], and the number of patches."""
-    channels, taps = x.shape[1], geometry.kernel[0] * geometry.kernel[1]
     # A row of each image says about where the mean is. Near it, variances are not differences of large numbers.
     shift = x[:, :, x.shape[2] // 2].mean((0, 2)).double()
     shift /= sum_over(group, shift)
-    gram, sums = shift.new_empty(taps, taps, channels), shift.new_empty(taps, channels)
     # In images smaller than the kernel some taps see nothing but padding: their variance, 0, is a difference of sums.
     exact = x.double() if x.shape[2] < geometry.kernel[0] or x.shape[3] < geometry.kernel[1] else x
-    _call("gram", exact, shape, exact, shift, gram, sums)
+    gram, sums = kernels_for(x.device.type).gram(exact, geometry, shift)
     count = total_of(group, len(x) * geometry.output[0] * geometry.output[1], x.device)
     sum_over(group, gram, sums)
     return gram, sums, shift, count
+
+
+def _gram(x: Tensor, geometry: Geometry, shift: Tensor) -> tuple[Tensor, Tensor]:
+    channels, taps = x.shape[1], geometry.kernel[0] * geometry.kernel[1]
+    gram, sums = shift.new_empty(taps, taps, channels), shift.new_empty(taps, channels)
+    _call("gram", x, geometry, x, shift, gram, sums)
+    return gram, sums
+
+
+def _forward(x: Tensor, geometry: Geometry, kernel: Tensor, bias: Tensor, limits: Limits | None) -> Tensor:
+    size = (len(x), x.shape[1], *geometry.output)
+    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    _call("forward", x, geometry, x, kernel, bias, *(limits or NO_LIMITS), y)
+    return y
+
+
+def _correlate(
+    x: Tensor, geometry: Geometry, dy: Tensor, y: Tensor | None, limits: Limits | None
+) -> tuple[Tensor, Tensor]:
+    channels, taps = x.shape[1], geometry.kernel[0] * geometry.kernel[1]
+    correlation, sums = x.new_empty(taps, channels, dtype=torch.float64), x.new_empty(channels, dtype=torch.float64)
+    _call("correlate", x, geometry, x, dy, y, *(limits or NO_LIMITS), correlation, sums)
+    return correlation, sums
+
+
+def _backward(
+    x: Tensor, geometry: Geometry, dy: Tensor, y: Tensor | None, limits: Limits | None, kernel: Tensor, weight: Tensor,
+    *others: Tensor,
+) -> Tensor:  # fmt: skip
+    dx = torch.empty_like(x)
+    _call("backward", x, geometry, x, dy, y, *(limits or NO_LIMITS), kernel, weight, len(weight), *others, dx)
+    return dx
 
 
 def _moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,10 +218,10 @@ def _shape(x: Tensor, geometry: Geometry) -> Tensor:
     return torch.tensor([len(x), x.shape[1], *x.shape[2:], *(value for pair in pairs for value in pair)])
 
 
-def _call(name: str, x: Tensor, shape: Tensor, *arguments: Tensor | float | None) -> None:
+def _call(name: str, x: Tensor, geometry: Geometry, *arguments: Tensor | float | None) -> None:
     """Call a kernel for the dtype of x on all channels, a share of them in each of torch's threads."""
     function = getattr(_library, f"softshard_depthwise_{name}{_SUFFIX[x.dtype]}")
-    converted, channels = [_argument(argument) for argument in arguments], x.shape[1]
+    converted, channels, shape = [_argument(argument) for argument in arguments], x.shape[1], _shape(x, geometry)
     group = CACHE_LINE // x.element_size()
     groups = -(-channels // group)
     threads = min(torch.get_num_threads(), groups)

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -46,7 +47,9 @@ def expand(
     torch's global generator.
 
     In training, `branches_as` auto computes all branches of a depthwise or pointwise layer through one convolution,
-    with the same results up to rounding (one_convolution.py); separate computes each by itself.
+    with the same results up to rounding (one_convolution.py); separate computes each by itself. triton is auto and, on
+    a GPU, where auto leaves depthwise layers separate, those through one convolution, too, by kernels in Triton. They
+    have been run in Triton's interpreter alone, on a CPU: measure before you use them.
 
     `example_input` is one batch that the model takes, on its device and in its dtype (float [1, 3, H, W] for
     classifiers of images); see find_pairs for what is found with it. Expand before the model is wrapped (DDP),
@@ -55,8 +58,8 @@ def expand(
     One line in the log of this module says what was expanded and which convolutions of these kinds were left alone: a
     warning where one of them is shared or its output is read more than once, otherwise at level INFO.
 
-    Raises RecipeError, with the model unchanged, when branches is below 1, a kind, init or branches_as is unknown, the
-    model rejects `example_input`, or there is nothing to expand.
+    Raises RecipeError, with the model unchanged, when branches is below 1, a kind, init or branches_as is unknown,
+    Triton is asked for and not installed, the model rejects `example_input`, or there is nothing to expand.
     """
     _check_arguments(branches, kinds, init, branches_as)
     found = _find(model, example_input)
@@ -83,6 +86,11 @@ def _check_arguments(branches: int, kinds: Collection[str], init: str, branches_
     for name, value, values in (("init", init, get_args(Init)), ("branches_as", branches_as, get_args(BranchesAs))):
         if value not in values:
             raise RecipeError(f"student.expand.{name}: expected one of {', '.join(values)}, found {value!r}")
+    if branches_as == "triton" and find_spec("triton") is None:
+        raise RecipeError(
+            "student.expand.branches_as: expected the package triton for 'triton', found that it is not installed; "
+            "pip install triton, or set auto"
+        )
 
 
 def _find(model: nn.Module, example_input: Tensor) -> Found:

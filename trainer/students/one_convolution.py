@@ -1,9 +1,11 @@
 """How the branches of a layer train: as one convolution where that is cheaper, with the same statistics and gradients.
 
-Three forms, chosen for each layer from its shape (the alternative, one convolution and batch norm for each branch, is
-what MultiBranchConv does by itself):
+Forms, of which each layer's shape chooses one (the alternative, one convolution and batch norm for each branch, is what
+MultiBranchConv does by itself):
 
     depthwise   DepthwiseBranches: statistics from the Gram matrix of the patches; on a CPU
+    triton      the same, and on a GPU as well, in Triton: only where `branches_as` asks for it, for nobody has measured
+                it there
     closed      PointwiseBranches: statistics from the covariance of the input, for 1 x 1 kernels; anywhere
     stacked     one product and one batch norm with the channels of all branches, then their sum, for 1 x 1 kernels
                 whose input is so much wider than their output that its covariance costs more; anywhere
@@ -25,8 +27,8 @@ from trainer.students.depthwise import MOST_TAPS, DepthwiseBranches, Geometry, L
 from trainer.students.geometry import centre_tap, output_size, padding
 from trainer.students.pointwise import PointwiseBranches, dtype_of_result, images_of, rows_of
 
-Form = Literal["depthwise", "closed", "stacked"]
-BranchesAs = Literal["auto", "separate"]
+Form = Literal["depthwise", "triton", "closed", "stacked"]
+BranchesAs = Literal["auto", "separate", "triton"]
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm  # a SyncBatchNorm is what a conversion leaves
 
 
@@ -42,18 +44,20 @@ class Branches(NamedTuple):
     limits: Limits | None  # of the activation that follows
 
 
-def form_of(conv: nn.Conv2d, branches: int, identity: bool) -> Form | None:
+def form_of(conv: nn.Conv2d, branches: int, identity: bool, branches_as: str = "auto") -> Form | None:
     """The cheapest form in which `branches` copies of a convolution train; None: as separate branches.
 
     With C inputs and O outputs, the products of a 1 x 1 layer in training cost 3 O C + 2 C C multiplications a pixel in
     the closed form, 3 R O C stacked.
     """
+    if branches_as == "separate":
+        return None
     if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "same", "valid"):
         closed = 2 * conv.in_channels < 3 * (branches - 1) * conv.out_channels
         return "closed" if closed or identity else "stacked" if branches > 1 else None
     small = max(conv.kernel_size) <= MOST_TAPS and conv.dilation == (1, 1)
-    if small and conv.groups == conv.in_channels == conv.out_channels and runs_here():
-        return "depthwise"
+    if small and conv.groups == conv.in_channels == conv.out_channels:
+        return "triton" if branches_as == "triton" else "depthwise"
     return None
 
 
@@ -68,14 +72,14 @@ def trains_as_one(form: Form, conv: nn.Conv2d, x: Tensor, norms: Sequence[Norm])
     height, width = (output_size(conv, axis, x.shape[2 + axis]) for axis in (0, 1))
     if min(height, width) < 1 or len(x) * height * width < (2 if _group(norms) is None else 1):
         return False
-    if form == "depthwise":
-        return x.device.type == "cpu"
+    if form in ("depthwise", "triton"):
+        return runs_here() if x.device.type == "cpu" else form == "triton" and x.device.type == "cuda"
     return form == "closed" or _group(norms) is None
 
 
 def sum_of_branches(form: Form, x: Tensor, branches: Branches) -> Tensor:
     """The sum of all branches of x, as MultiBranchConv gives it in training; running statistics are updated as well."""
-    return _depthwise(x, branches) if form == "depthwise" else _pointwise(x, branches, form)
+    return _pointwise(x, branches, form) if form in ("closed", "stacked") else _depthwise(x, branches)
 
 
 @torch.compiler.disable()  # the kernels are no operations that torch could compile
