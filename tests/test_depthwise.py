@@ -142,7 +142,7 @@ def layers(draw):
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")
 @given(layers())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_layer(drawn):
     forms, x = drawn
     assert difference(forms, x, of_layer=True) <= 1e-11

@@ -97,7 +97,7 @@ def layers(draw):
 
 
 @given(layers())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_layer(drawn):
     forms, x = drawn
     assert (forms.as_one.form is None) == (len(forms.as_one.norms()) == 1)
