@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from trainer.students.geometry import has_identity, has_scale, padding, under_centre_tap
+from trainer.students.geometry import has_identity, has_scale, padding, two, under_centre_tap
 from trainer.students.one_convolution import Branches, Form, Norm, form_of, sum_of_branches, trains_as_one
 
 
@@ -72,8 +72,8 @@ class MultiBranchConv(nn.Module):
         branches_as: str = "auto",
     ) -> None:
         super().__init__()
-        # In a dataclass the templates are no submodules: not in the state_dict, not moved, but copied with this module.
         self.act = _own_activation(bn)
+        # In a dataclass the templates are no submodules: not in the state_dict, not moved, but copied with this module.
         self.plain = _plain_pair(conv, bn, self.act)
         self.branches = nn.ModuleList([_first_branch(conv, bn)])
         self.branches.extend(_new_branch(conv, bn) for _ in range(branches - 1))
@@ -153,14 +153,14 @@ def _first_branch(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
 
 
 def _new_branch(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
-    padding = conv.padding if isinstance(conv.padding, str) else _two(conv.padding)
+    padding = conv.padding if isinstance(conv.padding, str) else two(conv.padding)
     new = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        _two(conv.kernel_size),
-        stride=_two(conv.stride),
+        two(conv.kernel_size),
+        stride=two(conv.stride),
         padding=padding,  # a Conv2dSame has 0 here, and forward pads
-        dilation=_two(conv.dilation),
+        dilation=two(conv.dilation),
         groups=conv.groups,
         bias=False,
         device=conv.weight.device,
@@ -174,7 +174,7 @@ def _new_scale_branch(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
         conv.in_channels,
         conv.out_channels,
         1,
-        stride=_two(conv.stride),
+        stride=two(conv.stride),
         groups=conv.groups,
         bias=False,
         device=conv.weight.device,
@@ -188,8 +188,3 @@ def _zero_bn(bn: nn.BatchNorm2d) -> nn.BatchNorm2d:
     zero = nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum, device=bn.weight.device, dtype=bn.weight.dtype)
     nn.init.zeros_(zero.weight)
     return zero
-
-
-def _two(values: tuple[int, ...]) -> tuple[int, int]:
-    height, width = values
-    return height, width

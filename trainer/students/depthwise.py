@@ -98,7 +98,7 @@ class DepthwiseBranches(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         weight, gamma = weight.contiguous(), gamma.contiguous()
         kernels = kernels_for(x.device.type)
-        gram, sums, shift, count = _patch_sums(x, geometry, group)
+        gram, sums, shift, count = _patch_sums(kernels, x, geometry, group)
         mean, variance, product = kernels.moments(gram, sums, weight, count)
         mean += shift * weight.sum(1)
         deviation = (variance.clamp_(min=0) + eps).rsqrt_()
@@ -155,14 +155,16 @@ def total_of(group: dist.ProcessGroup | None, number: int, device: torch.device)
     return int(total)
 
 
-def _patch_sums(x: Tensor, geometry: Geometry, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, int]:
+def _patch_sums(
+    kernels: Kernels, x: Tensor, geometry: Geometry, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """The Gram matrices [T, T, C] and the sums [T, C] of the patches minus a shift [C], and the number of patches."""
     # A row of each image says about where the mean is. Near it, variances are not differences of large numbers.
     shift = x[:, :, x.shape[2] // 2].mean((0, 2)).double()
     shift /= sum_over(group, shift)
     # In images smaller than the kernel some taps see nothing but padding: their variance, 0, is a difference of sums.
     exact = x.double() if x.shape[2] < geometry.kernel[0] or x.shape[3] < geometry.kernel[1] else x
-    gram, sums = kernels_for(x.device.type).gram(exact, geometry, shift)
+    gram, sums = kernels.gram(exact, geometry, shift)
     count = total_of(group, len(x) * geometry.output[0] * geometry.output[1], x.device)
     sum_over(group, gram, sums)
     return gram, sums, shift, count

@@ -65,3 +65,9 @@ def output_size(conv: nn.Conv2d, axis: int, size: int) -> int:
     """Pixels of the output along an axis of `size` pixels."""
     reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
     return (size + sum(padding(conv, axis, size)) - reach - 1) // conv.stride[axis] + 1
+
+
+def two(values: tuple[int, ...]) -> tuple[int, int]:
+    """What torch declares as any number of values: those of rows and columns."""
+    rows, columns = values
+    return rows, columns

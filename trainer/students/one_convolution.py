@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trainer.students.depthwise import MOST_TAPS, DepthwiseBranches, Geometry, Limits, runs_here
-from trainer.students.geometry import centre_tap, output_size, padding
+from trainer.students.geometry import centre_tap, output_size, padding, two
 from trainer.students.pointwise import PointwiseBranches, dtype_of_result, images_of, rows_of
 
 Form = Literal["depthwise", "triton", "closed", "stacked"]
@@ -87,7 +87,7 @@ def _depthwise(x: Tensor, branches: Branches) -> Tensor:
     conv = branches.conv
     before = tuple(padding(conv, axis, x.shape[2 + axis])[0] for axis in (0, 1))
     output = tuple(output_size(conv, axis, x.shape[2 + axis]) for axis in (0, 1))
-    geometry = Geometry(_two(conv.kernel_size), _two(conv.stride), _two(before), _two(output))
+    geometry = Geometry(two(conv.kernel_size), two(conv.stride), two(before), two(output))
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
     y, mean, variance = DepthwiseBranches.apply(  # pyright: ignore[reportGeneralTypeIssues]
         exact, *_arrays(branches, True), geometry, branches.limits, branches.norms[0].eps, _group(branches.norms)
@@ -195,8 +195,3 @@ def _group(norms: Sequence[Norm]) -> dist.ProcessGroup | None:
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def _two(values: tuple[int, ...]) -> tuple[int, int]:
-    first, second = values
-    return first, second
