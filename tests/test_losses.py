@@ -171,7 +171,8 @@ def test_half_precision_and_autocast_are_computed_in_single(policy: TailPolicy, 
     hard, low = torch.arange(5), logits.to(dtype)
 
     def loss(x: Tensor) -> Tensor:
-        return distillation_loss(x, hard, soft, alpha=0.5, temperature=2.0, tail=policy, label_smoothing=0.1)
+        both = [(1.0, soft)]
+        return distillation_loss(x, hard, both, alpha=0.5, temperature=2.0, tail=policy, label_smoothing=0.1).total
 
     value, gradient = value_and_gradient(loss, low)
     expected, expected_gradient = value_and_gradient(loss, low.float())
@@ -186,27 +187,30 @@ def test_half_precision_and_autocast_are_computed_in_single(policy: TailPolicy, 
 def test_distillation_loss_weighs_hard_and_soft_labels(policy: TailPolicy) -> None:
     logits, soft = random_case(3, 12, 4)
     hard = torch.tensor([0, 3, 3, 11, 7])
-    found = distillation_loss(logits, hard, soft, alpha=0.9, temperature=3.0, tail=policy, label_smoothing=0.1)
+    found = distillation_loss(logits, hard, [(1.0, soft)], alpha=0.9, temperature=3.0, tail=policy, label_smoothing=0.1)
     cross_entropy = functional.cross_entropy(logits, hard, label_smoothing=0.1)
     expected = 0.1 * cross_entropy + 0.9 * 9.0 * REFERENCES[policy](logits, soft, 3.0)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, (expected, cross_entropy, 9.0 * REFERENCES[policy](logits, soft, 3.0)))
 
 
 def test_without_soft_labels_only_the_hard_ones_count() -> None:
     logits, _ = random_case(4, 6, 2)
     hard = torch.tensor([0, 3, 3, 5, 2])
-    found = distillation_loss(logits, hard, None, alpha=0.9, temperature=3.0, tail="drop", label_smoothing=0.1)
-    torch.testing.assert_close(found, functional.cross_entropy(logits, hard, label_smoothing=0.1))
+    found = distillation_loss(logits, hard, [], alpha=0.9, temperature=3.0, tail="drop", label_smoothing=0.1)
+    assert found.soft == 0
+    torch.testing.assert_close(found.total, functional.cross_entropy(logits, hard, label_smoothing=0.1))
 
 
 def test_alpha_one_does_not_look_at_hard_labels() -> None:
     logits, soft = random_case(5, 6, 2)
     out_of_range = torch.full((5,), 99)
     for hard in (None, out_of_range):
-        found = distillation_loss(logits, hard, soft, alpha=1.0, temperature=2.0, tail="lump", label_smoothing=0.0)
-        torch.testing.assert_close(found, 4 * topk_kl(logits, soft, 2.0, "lump"))
+        found = distillation_loss(
+            logits, hard, [(1.0, soft)], alpha=1.0, temperature=2.0, tail="lump", label_smoothing=0.0
+        )
+        torch.testing.assert_close(found.total, 4 * topk_kl(logits, soft, 2.0, "lump"))
     with pytest.raises(AssertionError, match="hard labels"):
-        distillation_loss(logits, None, soft, alpha=0.5, temperature=2.0, tail="lump", label_smoothing=0.0)
+        distillation_loss(logits, None, [(1.0, soft)], alpha=0.5, temperature=2.0, tail="lump", label_smoothing=0.0)
 
 
 def test_temperature_squared_keeps_the_gradients_size() -> None:
@@ -217,8 +221,8 @@ def test_temperature_squared_keeps_the_gradients_size() -> None:
     norms = [
         value_and_gradient(
             lambda x, s=s, t=t: distillation_loss(
-                x, None, s, alpha=1.0, temperature=t, tail="spread", label_smoothing=0.0
-            ),
+                x, None, [(1.0, s)], alpha=1.0, temperature=t, tail="spread", label_smoothing=0.0
+            ).total,
             logits,
         )[1].norm()
         for s, t in ((flat, 50.0), (flatter, 100.0))
@@ -237,7 +241,7 @@ def test_the_loss_of_mixed_labels_is_the_mixed_loss(smoothing: float) -> None:
     def loss(hard: Tensor, row: slice | int = slice(None)) -> Tensor:
         rows = logits[row].reshape(-1, 7)
         options = {"alpha": 0.0, "temperature": 1.0, "tail": "drop", "label_smoothing": smoothing}
-        return distillation_loss(rows, hard, None, **options)  # pyright: ignore[reportArgumentType]
+        return distillation_loss(rows, hard, [], **options).total  # pyright: ignore[reportArgumentType]
 
     expected = [
         shares[row] * loss(labels[row : row + 1], row) + (1 - shares[row]) * loss(others[row : row + 1], row)
@@ -245,3 +249,63 @@ def test_the_loss_of_mixed_labels_is_the_mixed_loss(smoothing: float) -> None:
     ]
     assert mixed.sum(dim=1).tolist() == [1.0] * 4
     torch.testing.assert_close(loss(mixed), torch.stack(expected).mean())
+
+
+def dense_loss(
+    logits: Tensor, hard: Tensor, soft: list[tuple[float, SoftLabels]], alpha: float, temperature: float, policy: str
+) -> Tensor:
+    divergences = [weight * REFERENCES[policy](logits, labels, temperature) for weight, labels in soft]
+    divergence = torch.stack(divergences).sum() / sum(weight for weight, _ in soft)
+    smoothed = functional.cross_entropy(logits, hard, label_smoothing=0.1)
+    return (1 - alpha) * smoothed + alpha * temperature**2 * divergence
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(case=cases(), seed=st.integers(0, 10**6), temperature=TEMPERATURES, alpha=st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+@SETTINGS
+def test_the_gradient_of_the_whole_loss_is_that_of_the_dense_form(
+    policy: TailPolicy, case: tuple[Tensor, SoftLabels], seed: int, temperature: float, alpha: float
+) -> None:
+    """Two teachers of different k, one of them with a template; hard labels with smoothing."""
+    logits, soft = case
+    classes = logits.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    other = random_case(seed, classes, int(torch.randint(1, classes + 1, (), generator=generator)))[1]
+    if other.index.shape[1] < classes:
+        other = with_shares(other, classes, seed)
+    both = [(1.0, soft), (0.5, other)]
+    hard = torch.randint(0, classes, (len(logits),), generator=generator)
+    options = {"alpha": alpha, "temperature": temperature, "tail": policy, "label_smoothing": 0.1}
+    found = value_and_gradient(lambda x: distillation_loss(x, hard, both, **options).total, logits)
+    expected = value_and_gradient(lambda x: dense_loss(x, hard, both, alpha, temperature, policy), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("policy", ["drop", "spread"])
+def test_several_teachers_pull_towards_the_mean_of_their_distributions(policy: TailPolicy) -> None:
+    logits, one = random_case(7, 12, 12)
+    _, two = random_case(8, 12, 12)
+    options = {"alpha": 1.0, "temperature": 1.0, "tail": policy, "label_smoothing": 0.0}
+    _, found = value_and_gradient(
+        lambda x: distillation_loss(x, None, [(3.0, one), (1.0, two)], **options).total, logits
+    )
+    mean = 0.75 * dense_teacher(one, 12) + 0.25 * dense_teacher(two, 12)
+    torch.testing.assert_close(found, (torch.softmax(logits, 1) - mean) / len(logits), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_as_large_as_the_logits_is_kept_but_the_gradient(policy: TailPolicy) -> None:
+    """No dense distribution of a teacher, and no second copy of the student's, waits for the backward pass."""
+    logits, soft = random_case(9, 1000, 5)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        distillation_loss(
+            logits.requires_grad_(),
+            torch.arange(5),
+            [(1.0, soft)],
+            alpha=0.9,
+            temperature=2.0,
+            tail=policy,
+            label_smoothing=0.1,
+        )
+    assert [tuple(tensor.shape) for tensor in kept] == [(5, 1000)]
