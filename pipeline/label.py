@@ -21,7 +21,7 @@ from pipeline.launch import StopSignal, make_accelerator
 from pipeline.manifest import StoreManifest, TeacherRecord, library_versions, text_digest
 from pipeline.probes import check_probes, make_probes
 from pipeline.recipe import LabelRecipe
-from pipeline.recipe_file import dump_recipe, first_difference
+from pipeline.recipe_file import differences, dump_recipe
 from pipeline.store import Store, create_store, open_store, store_exists
 from pipeline.survey import check_top1, describe_run, describe_teachers, survey
 from pipeline.topk import Codes
@@ -90,7 +90,7 @@ def open_matching(labeller: Labeller, manifest: StoreManifest) -> Store:
     wanted, found = (document.model_dump(exclude={"libraries", "probes"}) for document in (manifest, store.manifest))
     if found["views"]["count"] < recipe.views.count:
         found["views"]["count"] = recipe.views.count
-    difference = first_difference(wanted, found)
+    difference = next(differences(wanted, found), None)
     if difference:
         raise DataError(
             f"{recipe.store}: expected a store of this recipe, found another: {difference}; name another store"

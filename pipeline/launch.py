@@ -1,38 +1,70 @@
-"""What both stages that run under `accelerate launch` share: the Accelerator, the start-up line, stop signals."""
+"""What the stages that run under `accelerate launch` share: the Accelerator, the start-up line, stop signals."""
 
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from pipeline.errors import DataError
 
 
-def make_accelerator(stage: str, precision: str | None = None) -> Accelerator:
-    """The Accelerator of this process; prints one line that says how many processes run and where.
+def make_accelerator(stage: str, precision: str, **options: Any) -> Accelerator:
+    """The Accelerator of this process; prints one line that says how many processes run, where and in which precision.
 
-    precision: that of the recipe, where results depend on it; None: the launcher's `--mixed_precision`. Raises
-    DataError when the launcher asks for another one than the recipe, and when it started more processes than Accelerate
-    knows of: each would believe that it is alone and do all of the work.
+    precision: the recipe's; options: Accelerate's own. Raises DataError when the launcher asks for another precision
+    than the recipe, and when it started more processes than Accelerate knows of: each would believe that it is alone
+    and do all of the work.
     """
-    accelerator = Accelerator(cpu=not _has_accelerator())
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise DataError(
+            f"{stage}: expected no --mixed_precision, because results depend on it, found {asked}; "
+            f"set `precision: {asked}` in the recipe"
+        )
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **{"mixed_precision": "no", **options})
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise DataError(
             f"{stage}: expected {launched} processes, as the launcher says, found {accelerator.num_processes}; "
             "start them with `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`"
         )
-    asked = _precision(accelerator)
-    if precision is not None and asked not in ("float32", precision):
-        raise DataError(
-            f"{stage}: expected no --mixed_precision, because labels depend on it, found {asked}; "
-            f"set `precision: {asked}` in the recipe"
-        )
     plural = "" if launched == 1 else "es"
-    accelerator.print(f"{stage}: {launched} process{plural} on {accelerator.device.type}, {precision or asked}")
+    accelerator.print(f"{stage}: {launched} process{plural} on {accelerator.device.type}, {precision}")
     return accelerator
+
+
+class Agreement:
+    """What any of the processes asks for, known to all of them after the same step.
+
+    The question of a step travels while the next one is computed, over gloo and never through the accelerator's queue,
+    so that nobody waits for it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._asked: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, *wishes: bool, now: bool = False) -> list[bool]:
+        """For each wish, whether a process had it one call ago; with `now`, which all processes pass or none, whether
+        one has it now or had it then. A process alone gets its wishes."""
+        if self._group is None:
+            return list(wishes)
+        granted = self._answer(len(wishes))
+        tensor = torch.tensor(wishes, dtype=torch.int32)
+        self._asked = tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return [one or two for one, two in zip(granted, self._answer(len(wishes)), strict=True)] if now else granted
+
+    def _answer(self, count: int) -> list[bool]:
+        if self._asked is None:
+            return [False] * count
+        tensor, work = self._asked
+        work.wait()
+        self._asked = None
+        return [bool(value) for value in tensor]
 
 
 class StopSignal:
@@ -52,11 +84,3 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         signal.signal(number, self._before[signal.Signals(number)])
-
-
-def _has_accelerator() -> bool:
-    return torch.accelerator.is_available()
-
-
-def _precision(accelerator: Accelerator) -> str:
-    return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)

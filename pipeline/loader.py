@@ -11,6 +11,7 @@ from pipeline.beton import Beton, kept_threads  # imports ffcv first, and undoes
 import queue
 import sys
 import threading
+import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -66,6 +67,7 @@ class ViewLoader:
 
     views: the recipe, or None for a loader that only renders the centre view (validation);
     workers: decoding threads; crop_pct: timm's, for the centre view;
+    waited: seconds that `render` has waited for decoded batches so far;
     os_cache, batches_ahead: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it
     still needs, for files larger than memory: rows then come fastest in the order of the file.
 
@@ -89,10 +91,11 @@ class ViewLoader:
             raise RecipeError("views: expected os_cache: true for mixup and cutmix, found false; set one of them off")
         self._device, self._beton = device, beton
         self._parameters = view_parameters(views, centre_fraction(size, crop_pct))
-        self._size, self._batch_size = size, batch_size
+        self._size, self.batch_size = size, batch_size
         self._workers = workers
         self._os_cache, self._batches_ahead = os_cache, batches_ahead
         self._loaders: dict[int, Loader] = {}
+        self.waited = 0.0
 
     def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Generator[Batch, None, None]:
         """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller. With views of shape
@@ -109,7 +112,7 @@ class ViewLoader:
         epoch = _ViewEpoch(self._loader(numbers.shape[1]), rows, numbers, partners, self._workers)
         start = 0
         try:
-            for (output,) in epoch:
+            while output := self._next(epoch):
                 end = start + len(output.pixels)
                 part = slice(start, end)
                 batch = self._batch(output, rows[part], partners[part], several)
@@ -128,6 +131,12 @@ class ViewLoader:
             ) from None
         finally:
             epoch.close()
+
+    def _next(self, epoch: "_ViewEpoch") -> "_Output | None":
+        started = time.perf_counter()
+        output = next(epoch, (None,))[0]
+        self.waited += time.perf_counter() - started
+        return output
 
     def _partners(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row that each view is mixed with, -1 where none is: int64 [B, G]."""
@@ -154,7 +163,7 @@ class ViewLoader:
             with _uncompiled(), kept_threads():
                 self._loaders[views] = Loader(
                     str(self._beton.path),
-                    self._batch_size,
+                    self.batch_size,
                     num_workers=1,  # FFCV's own code does no work
                     os_cache=self._os_cache,
                     order=OrderOption.SEQUENTIAL,

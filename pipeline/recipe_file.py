@@ -6,7 +6,7 @@ Every problem is reported at once as `file: section.key: what is wrong (got X)`.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,15 +65,13 @@ def save_recipe(recipe: Model, path: Path) -> None:
     write_atomically(path, dump_recipe(recipe).encode())
 
 
-def first_difference(expected: Any, found: Any, where: str = "") -> str | None:
-    """The first leaf in which two recipes or manifests (as plain data) differ: `views.seed: 0 here, 1 there`."""
+def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
+    """The leaves in which two recipes or manifests (as plain data) differ: `views.seed: expected 0, found 1`."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in list(expected) + [key for key in found if key not in expected]:
-            inner = first_difference(expected.get(key), found.get(key), f"{where}.{key}" if where else str(key))
-            if inner:
-                return inner
-        return None
-    return None if expected == found else f"{where}: expected {expected!r}, found {found!r}"
+            yield from differences(expected.get(key), found.get(key), f"{where}.{key}" if where else str(key))
+    elif expected != found:
+        yield f"{where}: expected {expected!r}, found {found!r}"
 
 
 def _parse(text: str, name: str) -> tuple[Any, list[str]]:

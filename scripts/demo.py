@@ -157,10 +157,10 @@ def report(seconds: dict[str, float]) -> None:
     )
     disagreements = sum(a != b for a, b in zip(soft["predictions"], folded["predictions"], strict=True))
     results = {
-        "teacher_top1": teacher["top1"],
-        "student_hard_top1": hard["top1"],
-        "student_soft_top1": soft["top1"],
-        "folded_top1": folded["top1"],
+        "teacher_top1": teacher["scores"]["top1"],
+        "student_hard_top1": hard["scores"]["top1"],
+        "student_soft_top1": soft["scores"]["top1"],
+        "folded_top1": folded["scores"]["top1"],
         "fold_disagreements": disagreements,
         "bytes_per_view": open_store(DATA / "labels.zarr").bytes_per_view(),
         "parameters_expanded": soft["parameters"],
@@ -168,10 +168,10 @@ def report(seconds: dict[str, float]) -> None:
         "seconds": seconds,
     }
     rows = [
-        ("teacher, top-1", f"{teacher['top1']:.2f} %"),
-        ("student on hard labels, top-1", f"{hard['top1']:.2f} %"),
-        ("student on soft labels, top-1", f"{soft['top1']:.2f} %"),
-        ("the same, folded and exported, top-1", f"{folded['top1']:.2f} %"),
+        ("teacher, top-1", f"{teacher['scores']['top1']:.2f} %"),
+        ("student on hard labels, top-1", f"{hard['scores']['top1']:.2f} %"),
+        ("student on soft labels, top-1", f"{soft['scores']['top1']:.2f} %"),
+        ("the same, folded and exported, top-1", f"{folded['scores']['top1']:.2f} %"),
         ("predictions that folding changed", f"{disagreements} of {folded['images']}"),
         ("parameters of teacher", f"{teacher['parameters']:,}"),
         ("parameters of student while training", f"{soft['parameters']:,}"),

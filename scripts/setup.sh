@@ -46,7 +46,7 @@ and then the same make command again"
 fi
 
 [ -x .venv/bin/python ] && supported .venv/bin/python || "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,onnx,plot]'
+.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,onnx]'
 .venv/bin/python -c 'import torchvision; torchvision.ops.nms' ||
     fail "expected torch and torchvision to be a matching pair, found that torchvision does not import; remove .venv and run again"
 touch .venv/.ready

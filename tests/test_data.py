@@ -12,6 +12,7 @@ from pipeline.label import label
 from pipeline.store import open_store
 from pipeline.topk import decode
 from trainer.data import open_training_set
+from trainer.labels import LabelReader, ViewLabels
 from trainer.train import train
 
 CPU = torch.device("cpu")
@@ -24,6 +25,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def view_labels(inputs: Path, view: int, *changes: tuple[str, str]) -> ViewLabels:
+    with LabelReader(open_training_set(train_recipe(inputs, *changes)).stores) as reader:
+        labels = reader.labels(view, view)
+    assert labels is not None
+    return labels
+
+
 def test_the_first_views_alone(inputs: Path) -> None:
     training = open_training_set(train_recipe(inputs, ("data.views", "2")))
     whole = open_training_set(train_recipe(inputs))
@@ -32,21 +40,21 @@ def test_the_first_views_alone(inputs: Path) -> None:
 
 
 def test_fewer_classes(inputs: Path) -> None:
-    labels = open_training_set(train_recipe(inputs, ("data.top_k", "2"), ("loss.tail", "drop"))).labels(1)
-    assert labels is not None
+    labels = view_labels(inputs, 1, ("data.top_k", "2"), ("loss.tail", "drop"))
     expected = open_store(inputs / "labels.zarr").read_view(1).top(2, 10)
-    np.testing.assert_array_equal(labels.codes.index, expected.index)
-    assert labels.soft(np.array([3, 1]), 2.0, CPU).probability.shape == (2, 2)
-    assert labels.template is None
+    [(store, codes)] = labels.parts
+    np.testing.assert_array_equal(codes.index, expected.index)
+    [(weight, soft)] = labels.soft(np.array([3, 1]), 2.0, CPU)
+    assert (weight, soft.probability.shape) == (1.0, (2, 2))
+    assert store.template is None
 
 
 @pytest.mark.parametrize("tail", ["spread", "lump"])
 def test_soft_labels_lie_along_the_template(inputs: Path, tail: str) -> None:
-    labels = open_training_set(train_recipe(inputs, ("loss.tail", tail))).labels(2)
+    labels = view_labels(inputs, 2, ("loss.tail", tail))
     store = open_store(inputs / "labels.zarr")
-    assert labels is not None
     rows = np.array([60, 3, 17])
-    found = labels.soft(rows, 2.0, CPU)
+    [(_, found)] = labels.soft(rows, 2.0, CPU)
     expected = decode(*store.read_rows(2, rows).tensors(), 10, 2.0, torch.from_numpy(store.read_template()[rows]))
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=0, atol=0)
 

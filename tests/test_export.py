@@ -123,7 +123,7 @@ class TestTimmFolder:
         one, two = evaluate(recipe, run / WEIGHTS), evaluate(recipe, folder)
         assert one.predictions == two.predictions
         assert one.parameters > two.parameters
-        assert open_exported(folder).formats["timm"].top1 == two.top1
+        assert open_exported(folder).formats["timm"].top1 == two.scores.top1
 
     def test_others_may_read_it(self, folder: Path) -> None:
         assert all(path.stat().st_mode & 0o444 == 0o444 for path in (folder, *folder.iterdir()))

@@ -220,9 +220,11 @@ def test_temperature_squared_keeps_the_gradients_size() -> None:
     flatter = SoftLabels(soft.index, torch.softmax(soft.probability.log() / 100, 1), soft.tail)
     norms = [
         value_and_gradient(
-            lambda x, s=s, t=t: distillation_loss(
-                x, None, [(1.0, s)], alpha=1.0, temperature=t, tail="spread", label_smoothing=0.0
-            ).total,
+            lambda x, s=s, t=t: (
+                distillation_loss(
+                    x, None, [(1.0, s)], alpha=1.0, temperature=t, tail="spread", label_smoothing=0.0
+                ).total
+            ),
             logits,
         )[1].norm()
         for s, t in ((flat, 50.0), (flatter, 100.0))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline.cli import overrides
 from pipeline.errors import RecipeError
 from pipeline.recipe import LabelRecipe, Model, PackRecipe, ViewRecipe
-from pipeline.recipe_file import dump_recipe, first_difference, load_recipe
+from pipeline.recipe_file import differences, dump_recipe, load_recipe
 from trainer.recipe import TrainRecipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -177,8 +177,11 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         recipe.top_k = 3
 
 
-def test_first_difference_names_the_leaf() -> None:
+def test_differences_name_the_leaves() -> None:
     one = {"a": 1, "views": {"seed": 0, "crop": [1, 2]}}
-    assert first_difference(one, json.loads(json.dumps(one))) is None
-    assert first_difference(one, {**one, "views": {"seed": 1, "crop": [1, 2]}}) == "views.seed: expected 0, found 1"
-    assert first_difference(one, {**one, "b": 2}) == "b: expected None, found 2"
+    assert not list(differences(one, json.loads(json.dumps(one))))
+    assert list(differences(one, {"a": 2, "views": {"seed": 1, "crop": [1, 2]}})) == [
+        "a: expected 1, found 2",
+        "views.seed: expected 0, found 1",
+    ]
+    assert list(differences(one, {**one, "b": 2})) == ["b: expected None, found 2"]

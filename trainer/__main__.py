@@ -18,7 +18,7 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     if train(recipe):
         return 0
-    print(f"{recipe.output}: stopped; run the same command again to go on after the last finished epoch")
+    print(f"{recipe.output}: stopped; run the same command again to go on with the next batch")
     return INTERRUPTED_STATUS
 
 
@@ -27,17 +27,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     result = evaluate(recipe, arguments.weights)
-    figures = f"top-1 {result.top1:.2f} % of {result.images} images, {result.parameters} parameters"
-    print(f"{arguments.weights}: {figures}")
+    top1, top5, loss = result.scores
+    print(
+        f"{arguments.weights}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {result.images} images, "
+        f"{result.parameters} parameters"
+    )
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(result._asdict()).encode())
+        figures = result._asdict() | {"scores": result.scores._asdict()}
+        write_atomically(arguments.json, json.dumps(figures).encode())
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from trainer.export import export
 
-    exported = export(arguments.run_folder, arguments.out, arguments.formats)
+    exported = export(arguments.run_folder, arguments.out, arguments.formats, arguments.best)
     print(
         f"{arguments.out}: {exported.trained.parameters} parameters folded to {exported.folded.parameters}, "
         f"largest relative difference {exported.fold_difference:.1e} in float64"
@@ -71,14 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_verb(
         verbs, "train", "train a student (also under `accelerate launch -m`); goes on where the run stopped", _train
     )
-    evaluating = add_verb(verbs, "evaluate", "top-1 of weights on the validation set", _evaluate)
+    evaluating = add_verb(verbs, "evaluate", "top-1, top-5 and loss of weights on the validation set", _evaluate)
     evaluating.add_argument(
-        "--weights", type=Path, required=True, help="a run's model.safetensors, or an exported folder"
+        "--weights",
+        type=Path,
+        required=True,
+        help="a run's model.safetensors or best.safetensors, or an exported folder",
     )
     evaluating.add_argument("--json", type=Path, help="write the figures and all predictions to this file")
     exporting = add_verb(verbs, "export", "fold a run's student, write and evaluate it", _export, config=False)
     exporting.add_argument("--run", type=Path, required=True, dest="run_folder")
     exporting.add_argument("--out", type=Path, required=True)
+    exporting.add_argument(
+        "--best", action="store_true", help="the weights of the best validation, not those of the end"
+    )
     exporting.add_argument(
         "--formats",
         type=lambda text: text.split(","),

@@ -1,8 +1,17 @@
-"""A run's folder: recipe.yaml, classes.txt, metrics.jsonl, last.pt (everything to go on with), model.safetensors (the
-result, written at the end)."""
+"""A run's folder.
+
+recipe.yaml, classes.txt   what is trained
+last.pt, previous.pt       the newest two checkpoints: everything to go on with
+best.safetensors           the weights of the best validation so far
+model.safetensors          the weights at the end
+metrics.jsonl, curves.png  a line for each epoch, and what they look like
+tensorboard/               for TensorBoard
+"""
 
 import json
-import pickle
+import logging
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,58 +22,94 @@ from torch import nn
 
 from pipeline.errors import DataError, FormatError
 from pipeline.files import atomic_path, write_atomically
-from pipeline.recipe_file import first_difference, load_recipe, save_recipe
+from pipeline.recipe_file import differences, load_recipe, save_recipe
 from trainer.recipe import TrainRecipe
 
-RECIPE, CLASSES, CHECKPOINT, METRICS, WEIGHTS = (
-    "recipe.yaml",
-    "classes.txt",
-    "last.pt",
-    "metrics.jsonl",
-    "model.safetensors",
-)
-HARMLESS = {"output": True, "data": {"workers"}}  # keys that do not change what is computed
+RECIPE, CLASSES, METRICS, CURVES = "recipe.yaml", "classes.txt", "metrics.jsonl", "curves.png"
+LAST, PREVIOUS = "last.pt", "previous.pt"
+BEST, WEIGHTS = "best.safetensors", "model.safetensors"
+# Keys that change neither the global batches nor what is learnt from them, but for the rounding of sums.
+HARMLESS = {
+    "output": True,
+    "watch": True,
+    "evaluation": True,
+    "checkpoint_minutes": True,
+    "accumulation": True,
+    "data": {"workers"},
+}
+
+_logger = logging.getLogger(__name__)
 
 
 def open_run(recipe: TrainRecipe, classes: Sequence[str]) -> Path:
-    """The run folder; made with the resolved recipe when new. Raises DataError when it belongs to another recipe."""
+    """The run folder; made with the resolved recipe when nothing has been trained there yet. Raises DataError when it
+    belongs to another recipe, naming all differences."""
     folder = Path(recipe.output)
-    saved = folder / RECIPE
-    if not saved.exists():
+    if not any((folder / name).exists() for name in (LAST, PREVIOUS, WEIGHTS)):
         write_atomically(folder / CLASSES, "".join(f"{name}\n" for name in classes).encode())
-        save_recipe(recipe, saved)
-    before = load_recipe(TrainRecipe, saved)
-    difference = first_difference(recipe.model_dump(exclude=HARMLESS), before.model_dump(exclude=HARMLESS))
-    if difference:
+        save_recipe(recipe, folder / RECIPE)
+    before = load_recipe(TrainRecipe, folder / RECIPE)
+    found = list(differences(recipe.model_dump(exclude=HARMLESS), before.model_dump(exclude=HARMLESS)))
+    if found:
         raise DataError(
-            f"{folder}: expected a run of this recipe, found one of another: {difference}; name another output"
+            f"{folder}: expected a run of this recipe, found one of another: {'; '.join(found)}; name another output"
         )
     return folder
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace last.pt, then metrics.jsonl; `state["metrics"]` has one dictionary for each finished epoch."""
-    with atomic_path(folder / CHECKPOINT) as partial:
+    """Replace last.pt, whose former content becomes previous.pt."""
+    with atomic_path(folder / LAST) as partial:
         torch.save(state, partial)
-    write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in state["metrics"]).encode())
+        if (folder / LAST).exists():
+            os.replace(folder / LAST, folder / PREVIOUS)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint, or None. Only tensors and plain values are read; pickled code is refused (FormatError)."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    """The newest checkpoint that is whole, or None where there is none. Says so when that is not the last one.
+
+    Only tensors and plain values are read, and every checksum in the file is checked; pickled code is not run. Raises
+    FormatError when there are checkpoints but none is whole.
+    """
+    problems = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            state = _read(path)
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            _logger.warning("%s; going on from %s", problem, path)
+        return state
+    if problems:
         raise FormatError(
-            f"{path}: expected a checkpoint of tensors and plain values, found: {reason}; "
-            "delete it to start this run again, or name another output"
-        ) from None
+            "; ".join(problems) + "; delete what is there to start this run again, or name another output"
+        )
+    return None
 
 
-def save_weights(folder: Path, network: nn.Module) -> None:
+def save_metrics(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
+    write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def save_weights(path: Path, network: nn.Module) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with atomic_path(folder / WEIGHTS) as partial:
+    with atomic_path(path) as partial:
         safetensors.torch.save_file(tensors, partial)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself does not look at checksums
+        if damaged:
+            raise RuntimeError(f"a wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damage shows in many ways, in both libraries
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FormatError(f"{path}: expected a checkpoint of tensors and plain values, found: {reason}") from None

@@ -1,14 +1,14 @@
-"""Predictions of a student on the centre view of a packed validation set."""
+"""Predictions of students, and how good they are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.beton import Beton
 from pipeline.launch import make_accelerator
@@ -18,38 +18,55 @@ from trainer.data import open_validation_set
 from trainer.formats.contract import Predictor
 from trainer.formats.folder import load_folder
 from trainer.recipe import TrainRecipe
+from trainer.safety import check_device
 from trainer.student import Student, make_student
 
 
+class Scores(NamedTuple):
+    """top1 and top5 in percent of the images; loss: the mean cross-entropy, in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+def train_accelerator(recipe: TrainRecipe, stage: str, **options: Any) -> Accelerator:
+    """The Accelerator of a train recipe, whose students are evaluated in the precision that they train in; `options`
+    are Accelerate's own. Raises RecipeError for what the recipe asks of a device that it cannot do."""
+    check_device(recipe)
+    mixed = {"float32": "no"}.get(recipe.precision, recipe.precision)
+    return make_accelerator(
+        stage, recipe.precision, mixed_precision=mixed, gradient_accumulation_steps=recipe.accumulation, **options
+    )
+
+
 def validation_loader(recipe: TrainRecipe, beton: Beton, accelerator: Accelerator) -> ViewLoader:
-    data, batch_size = recipe.data, max(1, recipe.batch_size // accelerator.num_processes)
+    data = recipe.data
+    batch_size = max(1, recipe.batch_size // (accelerator.num_processes * recipe.accumulation))
     return ViewLoader(beton, None, data.size, batch_size, data.workers, accelerator.device, data.crop_pct)
 
 
-@torch.inference_mode()
-def predict(accelerator: Accelerator, student: Student, loader: ViewLoader, rows: NDArray[np.int64]) -> Tensor:
-    """Predicted classes of the rows, int64 [N], on the CPU."""
-    student.eval()
-    classes = []
-    for batch in loader.render(rows, CENTRE):
-        with accelerator.autocast():
-            logits = student(batch.images)
-        classes.append(logits.argmax(dim=1).cpu())
-    return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
-
-
-def top1(accelerator: Accelerator, student: Student, loader: ViewLoader, beton: Beton) -> float:
-    """Percentage of rows whose predicted class is their hard label; every process takes a share of the rows."""
-    rows = np.arange(accelerator.process_index, len(beton), accelerator.num_processes)
-    right = predict(accelerator, student, loader, rows) == torch.from_numpy(beton.labels[rows])
-    total = accelerator.reduce(right.sum().to(accelerator.device))
-    return 100 * int(total) / len(beton)  # pyright: ignore[reportArgumentType]
+def score(
+    accelerator: Accelerator,
+    students: Mapping[str, nn.Module],
+    loader: ViewLoader,
+    rows: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    view: int = CENTRE,
+) -> dict[str, Scores]:
+    """Scores of each student on rows in a view, which are decoded once for all of them; targets int64 [N], the class of
+    each row. Every process takes a share of the rows, and all return the scores of all."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    sums, _ = _measure(accelerator, students, loader, rows[mine], targets[mine], view)
+    total: Any = accelerator.reduce(sums.float().to(accelerator.device))
+    means = (total.double().cpu() / len(rows)).tolist()
+    return {name: _scores(mean) for name, mean in zip(students, means, strict=True)}
 
 
 class Evaluation(NamedTuple):
-    """top1 in percent; predictions: the predicted class of each row of the validation set."""
+    """`scores` on a validation set of so many images; predictions: the predicted class of each."""
 
-    top1: float
+    scores: Scores
     images: int
     parameters: int
     predictions: list[int]
@@ -58,14 +75,51 @@ class Evaluation(NamedTuple):
 def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
     """Evaluate a run's weights (.safetensors, of the student as trained) or an exported folder (through stock timm or
     torchvision)."""
-    accelerator = make_accelerator("evaluate")
+    accelerator = train_accelerator(recipe, "evaluate")
     beton = open_validation_set(recipe)
     student = Student(load_folder(weights)) if weights.is_dir() else make_student(recipe, weights)
-    loader = validation_loader(recipe, beton, accelerator)
-    predicted = predict(accelerator, student.to(accelerator.device), loader, np.arange(len(beton)))
-    right = int((predicted == torch.from_numpy(beton.labels)).sum())
+    students = {"student": student.to(accelerator.device)}
+    loader, rows = validation_loader(recipe, beton, accelerator), np.arange(len(beton))
+    [sums], [predictions] = _measure(accelerator, students, loader, rows, beton.labels, CENTRE)
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    return Evaluation(100 * right / len(beton), len(beton), parameters, predicted.tolist())
+    return Evaluation(_scores((sums / len(beton)).tolist()), len(beton), parameters, predictions.tolist())
+
+
+@torch.inference_mode()
+def _measure(
+    accelerator: Accelerator,
+    students: Mapping[str, nn.Module],
+    loader: ViewLoader,
+    rows: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    view: int,
+) -> tuple[Tensor, Tensor]:
+    """For each student the sums of what Scores are means of, float64 [S, 3], and its predictions, int64 [S, N]."""
+    for student in students.values():
+        student.eval()
+    sums, predictions = torch.zeros(len(students), len(Scores._fields), dtype=torch.float64), []
+    for batch, classes in zip(loader.render(rows, view), _parts(targets, loader.batch_size), strict=True):
+        classes = classes.to(accelerator.device)
+        with accelerator.autocast():
+            logits = [student(batch.images).float() for student in students.values()]
+        sums += torch.stack([_sums(part, classes) for part in logits]).cpu()
+        predictions.append(torch.stack([part.argmax(dim=1) for part in logits]).cpu())
+    return sums, torch.cat(predictions, dim=1) if predictions else torch.empty(len(students), 0, dtype=torch.int64)
+
+
+def _parts(targets: NDArray[np.int64], size: int) -> tuple[Tensor, ...]:
+    return torch.from_numpy(targets).split(size) if len(targets) else ()
+
+
+def _scores(means: Sequence[float]) -> Scores:
+    return Scores(100 * means[0], 100 * means[1], means[2])
+
+
+def _sums(logits: Tensor, classes: Tensor) -> Tensor:
+    """float32 [3]: how many rows have their class first, among the first five, and the sum of their losses."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
+    loss = torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
+    return torch.stack([best[:, 0].sum(), best.sum(), loss])
 
 
 class Comparison(NamedTuple):

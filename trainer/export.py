@@ -22,7 +22,7 @@ from pipeline.errors import DataError
 from pipeline.loader import ViewLoader
 from pipeline.recipe_file import load_recipe
 from pipeline.views.geometry import CENTRE
-from trainer.checkpoint import CLASSES, RECIPE, WEIGHTS
+from trainer.checkpoint import BEST, CLASSES, RECIPE, WEIGHTS
 from trainer.data import open_validation_set
 from trainer.evaluate import Comparison, compare
 from trainer.exported import Exported, FormatFigures, cost_of, save_exported
@@ -41,18 +41,19 @@ BATCH_SIZE = 32
 LIBRARIES = ("timm", "torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "executorch", "coremltools")
 
 
-def export(run: Path, out: Path, formats: Sequence[str] = ()) -> Exported:
-    """Fold a finished run's student; write it as a folder of weights (always) and in the named formats; read each again
-    and evaluate it on the run's validation set, on the CPU.
+def export(run: Path, out: Path, formats: Sequence[str] = (), best: bool = False) -> Exported:
+    """Fold a finished run's student, or with `best` that of its best validation so far; write it as a folder of weights
+    (always) and in the named formats; read each again and evaluate it on the run's validation set, on the CPU.
 
     Prints a warning when no batch norm of the student has seen an image. Raises DataError when there is no finished
     run, its files do not fit together, the folder exists, a format's packages are not installed, or what was written
     computes something else than the student; RecipeError for unknown formats.
     """
-    recipe = _open_run(run, out)
+    weights = run / (BEST if best else WEIGHTS)
+    recipe = _open_run(run, weights, out)
     chosen = chosen_formats(formats, recipe.student.library)
     validation = open_validation_set(recipe)
-    student = make_student(recipe, run / WEIGHTS).eval()
+    student = make_student(recipe, weights).eval()
     _warn_if_fresh(student, run)
     difference = _fold_difference(student, run, recipe.data.size)
     job = _job(recipe, student, run)
@@ -74,10 +75,10 @@ def export(run: Path, out: Path, formats: Sequence[str] = ()) -> Exported:
     return exported
 
 
-def _open_run(run: Path, out: Path) -> TrainRecipe:
-    if not all((run / name).is_file() for name in (RECIPE, CLASSES, WEIGHTS)):
+def _open_run(run: Path, weights: Path, out: Path) -> TrainRecipe:
+    if not all(path.is_file() for path in (run / RECIPE, run / CLASSES, weights)):
         raise DataError(
-            f"{run}: expected a finished run with {RECIPE}, {CLASSES} and {WEIGHTS}, found none; "
+            f"{run}: expected a finished run with {RECIPE}, {CLASSES} and {weights.name}, found none; "
             "train it to its end first"
         )
     if out.exists():

@@ -1,27 +1,50 @@
-"""The train recipe: data, student, loss, optimiser, schedule. pipeline/recipe_file.py reads it."""
+"""The train recipe: data, student, loss, optimiser, schedule, and how to watch. pipeline/recipe_file.py reads it."""
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm.optim
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo, field_validator, model_validator
 
-from pipeline.recipe import Fraction, Model, ViewRecipe
+from pipeline.recipe import Fraction, Model, Precision, ViewRecipe
 from trainer.losses import TailPolicy
 from trainer.students.build import Library
 from trainer.students.expand import Init
 from trainer.students.one_convolution import BranchesAs
 from trainer.students.trace import Kind
 
+# A smaller rate changes no float32 weight. Adaptive optimisers move a weight by about the rate, whatever its gradient.
+SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTIVE_LR = 1e-8, 100.0, 1.0
+
+
+class LabelsRecipe(Model):
+    """A store, and the weight of its labels relative to those of other stores."""
+
+    store: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+def _one_store(value: Any) -> Any:
+    return [{"store": value}] if isinstance(value, str) else value
+
+
+Stores = Annotated[
+    tuple[LabelsRecipe, ...],
+    Field(min_length=1),
+    Strict(False),  # what comes out of _one_store is a list
+    BeforeValidator(_one_store),
+]
+
 
 class DataRecipe(Model):
-    """`labels: null` trains on hard labels alone. `views` and `top_k` use the first views and the most probable classes
-    of a store alone; null: all. `missing_labels: skip` leaves out rows that the store does not hold. `crop_pct` is
-    timm's, for the centre crop of the validation."""
+    """`labels` is a store, or a list of {store, weight}, one for each teacher; null trains on hard labels alone.
+    `views` and `top_k` use the first views and the most probable classes of a store alone; null: all.
+    `missing_labels: skip` leaves out rows that a store does not hold. `crop_pct` is timm's, for the centre crop of the
+    validation."""
 
     train: str
     validation: str
-    labels: str | None
+    labels: Stores | None
     views: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     size: int = Field(ge=1)
@@ -53,8 +76,12 @@ class StudentRecipe(Model):
 
 
 class LossRecipe(Model):
+    """`alpha` weighs soft labels against hard ones. The temperature goes from `temperature` to `final_temperature` in
+    equal steps, one each update; null: it stays."""
+
     alpha: Fraction = 0.9
     temperature: float = Field(default=1.0, gt=0)
+    final_temperature: float | None = Field(default=None, gt=0)
     tail: TailPolicy = "spread"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
@@ -68,26 +95,86 @@ def _optimizer_name(name: str) -> str:
 
 
 class OptimizerRecipe(Model):
+    """An optimiser of timm.optim; `options` are its own arguments, such as `betas`. Norms and biases have no weight
+    decay. `clip_grad` bounds the gradient's norm, its values, or, adaptively, each filter's norm relative to that of
+    its weights (agc, arXiv 2102.06171); null: no bound."""
+
     name: Annotated[str, AfterValidator(_optimizer_name)] = "lamb"
     lr: float = Field(gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    options: dict[str, bool | float | tuple[float, ...]] = Field(default_factory=dict)
+    clip_grad: float | None = Field(default=None, gt=0)
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+
+    @field_validator("lr")
+    @classmethod
+    def _lr_can_work(cls, lr: float, info: ValidationInfo) -> float:
+        name = info.data.get("name")  # not there when it is wrong itself
+        largest = LARGEST_ADAPTIVE_LR if name and timm.optim.get_optimizer_info(name).has_betas else LARGEST_LR
+        if not SMALLEST_LR <= lr <= largest:
+            raise ValueError(f"expected {SMALLEST_LR:g} to {largest:g}, what {name} can work with (got {lr:g})")
+        return lr
 
 
 class ScheduleRecipe(Model):
-    """Linear warm-up, then cosine down to min_lr; both within `epochs`."""
+    """The learning rate: linear warm-up from zero, then down to `min_lr` (cosine, linear), or by `decay_rate` every
+    `decay_epochs` (step), or constant; all within `epochs`, and changed every update."""
 
-    name: Literal["cosine"] = "cosine"
+    name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     epochs: int = Field(ge=1)
     warmup_epochs: int = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
+    decay_epochs: int | None = Field(default=None, ge=1)
+    decay_rate: float | None = Field(default=None, gt=0, lt=1)
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _warmup_fits(cls, warmup: int, info: ValidationInfo) -> int:
+        if warmup >= info.data.get("epochs", warmup + 1):
+            raise ValueError(f"expected fewer than epochs = {info.data['epochs']} (got {warmup})")
+        return warmup
+
+    @field_validator("min_lr")
+    @classmethod
+    def _ends_at_min_lr(cls, min_lr: float, info: ValidationInfo) -> float:
+        if min_lr and info.data.get("name") in ("step", "constant"):
+            raise ValueError(f"expected none for name: {info.data['name']} (got {min_lr:g})")
+        return min_lr
+
+    @model_validator(mode="after")
+    def _steps_are_described(self) -> "ScheduleRecipe":
+        given = self.decay_epochs is not None, self.decay_rate is not None
+        if given != (self.name == "step",) * 2:
+            raise ValueError(f"expected decay_epochs and decay_rate for name: step alone (got name: {self.name})")
+        return self
 
 
 class EmaRecipe(Model):
+    """The average of the weights (timm's ModelEmaV3). With `warmup` the decay grows to `decay` with the updates."""
+
     decay: float = Field(default=0.9999, gt=0, lt=1)
+    warmup: bool = True
+
+
+class EvaluationRecipe(Model):
+    """The student is validated after every `epochs` epochs and at the end; its agreement with the teacher is that of
+    their predictions on a view of `agreement` training images, always the same."""
+
+    epochs: int = Field(default=1, ge=1)
+    agreement: int = Field(default=2048, ge=0)
+
+
+class WatchRecipe(Model):
+    """`trackers` are Accelerate's: tensorboard, wandb, ... Losses are logged as means of `updates` updates."""
+
+    trackers: tuple[str, ...] = ("tensorboard",)
+    updates: int = Field(default=50, ge=1)
 
 
 class TrainRecipe(Model):
-    """`views` is the view recipe when there is no store to take it from. `batch_size` is global: over all processes."""
+    """`views` is the view recipe when there is no store to take it from. `batch_size` is global: over all processes and
+    `accumulation` parts, which have their own batch norm statistics each. `checkpoint_minutes` pass between
+    checkpoints within an epoch; there is one after each validation as well."""
 
     data: DataRecipe
     views: ViewRecipe | None = None
@@ -97,6 +184,13 @@ class TrainRecipe(Model):
     schedule: ScheduleRecipe
     ema: EmaRecipe | None = EmaRecipe()
     batch_size: int = Field(ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    precision: Precision = "float32"
+    sync_batch_norm: bool = False
+    compile: bool = False
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    watch: WatchRecipe = WatchRecipe()
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
     output: str
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -109,7 +203,9 @@ class TrainRecipe(Model):
         return self
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> "TrainRecipe":
-        if self.schedule.warmup_epochs >= self.schedule.epochs:
-            raise ValueError(f"schedule.warmup_epochs: expected fewer than epochs (got {self.schedule.warmup_epochs})")
+    def _min_lr_is_smaller(self) -> "TrainRecipe":
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"schedule.min_lr: expected at most optimizer.lr = {self.optimizer.lr:g} (got {self.schedule.min_lr:g})"
+            )
         return self

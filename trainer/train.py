@@ -2,67 +2,58 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm.optim
-import timm.scheduler
 import torch
 from accelerate import Accelerator
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import nn
-from torch.optim import Optimizer
-from tqdm import tqdm
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
 
-from pipeline.errors import DataError
-from pipeline.launch import StopSignal, make_accelerator
+from pipeline.launch import Agreement, StopSignal
 from pipeline.loader import ViewLoader
-from pipeline.views.draws import stream
-from trainer.checkpoint import load_checkpoint, open_run, save_checkpoint, save_weights
-from trainer.data import TrainingSet, open_training_set, open_validation_set, share
-from trainer.evaluate import top1, validation_loader
-from trainer.losses import distillation_loss, mixed_labels
+from trainer.checkpoint import (
+    BEST,
+    CURVES,
+    WEIGHTS,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    save_metrics,
+    save_weights,
+)
+from trainer.curves import plot_curves
+from trainer.data import TrainingSet, open_training_set, share
+from trainer.evaluate import train_accelerator
+from trainer.labels import LabelReader
+from trainer.learner import Learner, make_learner
 from trainer.recipe import TrainRecipe
-from trainer.student import Student, make_student
+from trainer.safety import check_batch, check_batch_norm, memory_advice, not_finite
+from trainer.validation import Validation, open_validation
+from trainer.watch import Clock, Watch, check_trackers
 
 
 def train(recipe: TrainRecipe) -> bool:
-    """Train to the end of the schedule, going on after the last finished epoch of the run folder; False when a signal
-    ended the work before.
+    """Train to the end of the schedule, going on with the batch after the run folder's newest checkpoint; False when a
+    signal ended the work before.
 
-    Raises DataError when data, store and recipe do not fit together or the loss is not finite.
+    Raises RecipeError, DataError and FormatError when recipe, data, labels and run folder do not fit together, when
+    the loss is not finite, and when memory does not suffice.
     """
-    accelerator = make_accelerator("train")
+    check_trackers(recipe)
+    folder = Path(recipe.output)
+    project = ProjectConfiguration(str(folder), str(folder / "tensorboard"))
+    accelerator = train_accelerator(recipe, "train", log_with=list(recipe.watch.trackers), project_config=project)
+    check_batch(recipe, accelerator.num_processes)
     _show_log(accelerator)
-    training, validation = open_training_set(recipe), open_validation_set(recipe)
-    if recipe.batch_size % accelerator.num_processes:
-        raise DataError(
-            f"batch_size: expected a multiple of the {accelerator.num_processes} processes, found {recipe.batch_size}"
-        )
+    training = open_training_set(recipe)
+    _say_how_often_views_are_seen(recipe, training)
     with accelerator.main_process_first():
-        folder = open_run(recipe, training.beton.manifest.classes)
-    state = _start(accelerator, recipe, training, load_checkpoint(folder))
-    epochs, steps = recipe.schedule.epochs, state.steps
-    loader = validation_loader(recipe, validation, accelerator)
-    done, total = len(state.metrics) * steps, epochs * steps
-    quiet = not accelerator.is_main_process or done == total
-    with StopSignal() as stop, tqdm(total=total, initial=done, unit="step", disable=quiet) as progress:
-        for epoch in range(len(state.metrics), epochs):
-            progress.set_description(f"train {recipe.output} epoch {epoch + 1}/{epochs}")
-            measured = state.train_epoch(epoch, stop, progress)
-            if measured is None:
-                return False
-            measured["top1"] = top1(accelerator, state.evaluated, loader, validation)
-            state.metrics.append(measured)
-            progress.set_postfix(loss=f"{measured['loss']:.3f}", top1=f"{measured['top1']:.2f}")
-            if accelerator.is_main_process:
-                save_checkpoint(folder, state.checkpoint())
-    if accelerator.is_main_process:
-        save_weights(folder, state.evaluated.network)
-    accelerator.wait_for_everyone()
-    return True
+        open_run(recipe, training.beton.manifest.classes)
+    with memory_advice(recipe, accelerator.device, accelerator.num_processes):
+        return _open(accelerator, recipe, training).finish()
 
 
 def _show_log(accelerator: Accelerator) -> None:
@@ -71,133 +62,167 @@ def _show_log(accelerator: Accelerator) -> None:
     logging.getLogger("trainer").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
 
 
-@dataclass
-class _State:
-    """Everything that changes while a run trains, and what is needed to change it."""
+def _say_how_often_views_are_seen(recipe: TrainRecipe, training: TrainingSet) -> None:
+    epochs, views = recipe.schedule.epochs, training.views.count
+    if views < epochs:
+        often = f"{epochs // views}" if epochs % views == 0 else f"{epochs // views} or {epochs // views + 1}"
+        logging.getLogger(__name__).info("train: %d views for %d epochs: each is seen %s times", views, epochs, often)
 
+
+def _open(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet) -> "_Run":
+    learner = make_learner(accelerator, recipe, training.steps(recipe.batch_size))
+    check_batch_norm(recipe, learner.student, accelerator.num_processes)
+    data, parts = recipe.data, accelerator.num_processes * recipe.accumulation
+    loader = ViewLoader(
+        training.beton, training.views, data.size, recipe.batch_size // parts, data.workers, accelerator.device
+    )
+    validation = open_validation(accelerator, recipe, training, loader)
+    progress, checkpoint = _Progress(), load_checkpoint(Path(recipe.output))
+    if checkpoint:
+        learner.load_state_dict(checkpoint["learner"])
+        progress = _Progress(**checkpoint["progress"])
+    return _Run(accelerator, recipe, training, learner, loader, validation, progress)
+
+
+@dataclass
+class _Progress:
+    """Where a run is: `step` updates into `epoch`, with the sums of their losses; `metrics` of finished epochs; the
+    best top-1 so far."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    best: float = -1.0
+
+
+@dataclass
+class _Run:
     accelerator: Accelerator
     recipe: TrainRecipe
     training: TrainingSet
+    learner: Learner
     loader: ViewLoader
-    student: Student
-    model: nn.Module  # the student, wrapped for its device and processes
-    optimizer: Any  # accelerate's, around one of timm's
-    schedule: Scheduler
-    ema: ModelEmaV3 | None
-    metrics: list[dict[str, float]]
+    validation: Validation
+    progress: _Progress
+
+    def __post_init__(self) -> None:
+        self._folder, self._main = Path(self.recipe.output), self.accelerator.is_main_process
+        self._steps, self._epochs = self.training.steps(self.recipe.batch_size), self.recipe.schedule.epochs
+        self._pending: list[Tensor] = []  # losses of updates, on their device: looking at them makes it wait
+        self._saved = time.monotonic()
+
+    def finish(self) -> bool:
+        """Train what is left; False when a signal ended it."""
+        first, update = self.progress.epoch, self.progress.epoch * self._steps + self.progress.step
+        if first < self._epochs:
+            with (
+                StopSignal() as self._stop,
+                LabelReader(self.training.stores) as self._reader,
+                Watch(self.accelerator, self.recipe, self._folder, update, self.learner.updates) as self._watch,
+            ):
+                self._agree = Agreement(self.accelerator)
+                for epoch in range(first, self._epochs):
+                    if not self._train(epoch):
+                        return False
+                    self._validate(epoch)
+        if self._main and not (self._folder / WEIGHTS).exists():
+            save_weights(self._folder / WEIGHTS, self.learner.result.network)
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _train(self, epoch: int) -> bool:
+        """What is left of an epoch; False when a signal came."""
+        view, coming = self.training.view(epoch), self.training.view(min(epoch + 1, self._epochs - 1))
+        labels = self._reader.labels(view, coming)
+        rows = share(self.training.order(self.recipe.seed, epoch), self.recipe.batch_size, *self._place)
+        batches = self.loader.render(rows[self.progress.step :].reshape(-1), view)
+        self._watch.epoch(epoch)
+        self._clock, self._epoch_clock = Clock(self.loader.waited), Clock(self.loader.waited)
+        for step in range(self.progress.step, self._steps):
+            update = epoch * self._steps + step
+            self.learner.begin(update)
+            parts = []
+            for batch in islice(batches, self.recipe.accumulation):
+                temperature = self.learner.temperature(update)
+                soft = labels.soft(batch.rows, temperature, self.accelerator.device) if labels else []
+                parts.append(torch.stack(self.learner.learn(update, batch, soft)).detach())
+            self._pending.append(torch.stack(parts).mean(dim=0))
+            if not self._after(update):
+                return False
+        return True
+
+    def _after(self, update: int) -> bool:
+        """Count an update, look at its loss from time to time, and save when it is time; False when a signal came."""
+        self.progress.step += 1
+        for clock in (self._clock, self._epoch_clock):
+            clock.count(self.recipe.batch_size)
+        self._watch.step()
+        last = self.progress.step == self._steps
+        due = self._main and time.monotonic() - self._saved > 60 * self.recipe.checkpoint_minutes
+        stop, due = self._agree(self._stop.received, due, now=last)
+        if stop or due or last or self.progress.step % self.recipe.watch.updates == 0:
+            self._look(update)
+        if stop or (due and not last):
+            self._save()
+        return not stop
+
+    def _look(self, update: int) -> None:
+        """Losses of the pending updates, as means over all processes: refused when not finite, summed, shown."""
+        pending = torch.stack(self._pending)[None]
+        losses: Tensor = self.accelerator.gather(pending).double().cpu()  # pyright: ignore  # [processes, updates, 3]
+        finite = losses[..., 0].isfinite()
+        first = self.progress.step - len(self._pending)
+        self._pending = []
+        if not finite.all():
+            number = int((~finite.all(dim=0)).nonzero()[0])
+            raise self._not_finite(first + number, losses[:, number, 0])
+        for total, hard, soft in losses.mean(dim=0).tolist():
+            self.progress.sums = [a + b for a, b in zip(self.progress.sums, (total, hard, soft), strict=True)]
+        means = dict(zip(("loss", "hard_loss", "soft_loss"), losses.mean(dim=(0, 1)).tolist(), strict=True))
+        self._watch.losses(update + 1, means | {"lr": self.learner.lr} | self._clock.read(self.loader.waited))
+
+    def _not_finite(self, step: int, losses: Tensor) -> Exception:
+        rank = int((~losses.isfinite()).nonzero()[0])
+        order = self.training.order(self.recipe.seed, self.progress.epoch)
+        rows = share(order, self.recipe.batch_size, rank, self.accelerator.num_processes)[step]
+        keys = [self.training.beton.manifest.keys[row] for row in rows]
+        return not_finite(self.recipe, self.progress.epoch, step, float(losses[rank]), keys, self._main)
+
+    def _validate(self, epoch: int) -> None:
+        """End an epoch: its metrics, a checkpoint, the weights where they are the best so far."""
+        last = epoch + 1 == self._epochs
+        update = (epoch + 1) * self._steps
+        means = [total / self._steps for total in self.progress.sums]
+        figures = {"epoch": epoch + 1, "view": self.training.view(epoch), "lr": self.learner.lr}
+        figures |= {"temperature": self.learner.temperature(update - 1)}
+        figures |= dict(zip(("loss", "hard_loss", "soft_loss"), means, strict=True))
+        speed = self._epoch_clock.read(self.loader.waited)
+        self._watch.waiting(epoch, speed["data_wait"])
+        if last or (epoch + 1) % self.recipe.evaluation.epochs == 0:
+            found = self.validation.figures(self.learner, folded=last)
+            self._watch.validated(epoch, update, found)
+            self._keep_best(found)
+            speed |= found
+        before = self.progress
+        self.progress = _Progress(epoch + 1, metrics=[*before.metrics, figures | speed], best=before.best)
+        self._save()
+        if self._main:
+            save_metrics(self._folder, self.progress.metrics)
+            plot_curves(self.progress.metrics, self.recipe.output, self._folder / CURVES)
+
+    def _keep_best(self, figures: dict[str, float]) -> None:
+        top1 = figures["ema_top1" if self.recipe.ema else "top1"]
+        if top1 > self.progress.best:
+            self.progress.best = top1
+            if self._main:
+                save_weights(self._folder / BEST, self.learner.result.network)
+
+    def _save(self) -> None:
+        if self._main:
+            save_checkpoint(self._folder, {"learner": self.learner.state_dict(), "progress": asdict(self.progress)})
+        self._saved = time.monotonic()
 
     @property
-    def steps(self) -> int:
-        return self.training.steps(self.recipe.batch_size)
-
-    @property
-    def evaluated(self) -> Student:
-        """The averaged student where the recipe asks for one, otherwise the student itself."""
-        return self.ema.module if self.ema else self.student  # pyright: ignore[reportReturnType]
-
-    def train_epoch(self, epoch: int, stop: StopSignal, progress: tqdm) -> dict[str, float] | None:
-        """One epoch over one view; its figures, or None when a stop signal came."""
-        started, labels = time.perf_counter(), self.training.labels(epoch)
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        order = self.training.order(self.recipe.seed, epoch)
-        rows = share(order, self.recipe.batch_size, rank, processes)
-        torch.manual_seed(int(stream(self.recipe.seed, epoch, rank)))  # dropout: a function of epoch and process
-        self.model.train()
-        losses = []
-        for batch in self.loader.render(rows, self.training.view(epoch)):
-            if stop.received:
-                return None
-            soft = labels.soft(batch.rows, self.recipe.loss.temperature, self.accelerator.device) if labels else None
-            losses.append(self._step(epoch * self.steps + len(losses), batch, soft))
-            progress.update()
-        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
-        loss = float(mean)  # pyright: ignore[reportArgumentType]
-        if not np.isfinite(loss):
-            raise DataError(
-                f"epoch {epoch + 1}: expected a finite loss, found {loss}; lower optimizer.lr, or warm up longer"
-            )
-        seconds = time.perf_counter() - started
-        rate = len(losses) * self.recipe.batch_size / seconds
-        return {"epoch": epoch + 1, "view": self.training.view(epoch), "loss": loss, "images_per_second": rate}
-
-    def _step(self, update: int, batch, soft) -> torch.Tensor:
-        loss_recipe = self.recipe.loss
-        self.schedule.step_update(update)
-        with self.accelerator.autocast():
-            logits = self.model(batch.images)
-        hard, mixed = batch.labels, batch.mixed
-        if mixed:
-            hard = mixed_labels(hard, mixed.labels, mixed.shares, self.recipe.student.num_classes)
-        loss = distillation_loss(
-            logits,
-            hard,
-            soft,
-            alpha=loss_recipe.alpha,
-            temperature=loss_recipe.temperature,
-            tail=loss_recipe.tail,
-            label_smoothing=loss_recipe.label_smoothing,
-        )
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update(self.student, step=update + 1)
-        return loss.detach()
-
-    def checkpoint(self) -> dict[str, Any]:
-        return {
-            "student": self.student.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "metrics": self.metrics,
-        }
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        self.student.load_state_dict(checkpoint["student"])
-        if self.ema:
-            self.ema.module.load_state_dict(checkpoint["ema"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if self.accelerator.scaler and checkpoint["scaler"]:
-            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
-        self.metrics = checkpoint["metrics"]
-
-
-def _start(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet, checkpoint: dict | None) -> _State:
-    """The state at the beginning of a run, or after the checkpoint's last epoch."""
-    with accelerator.main_process_first():  # one download serves all processes
-        student = make_student(recipe).to(accelerator.device)
-    ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=True) if recipe.ema else None
-    optimizer = timm.optim.create_optimizer_v2(
-        student, recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay
-    )
-    schedule = _schedule(recipe, optimizer, training.steps(recipe.batch_size))
-    model, wrapped = accelerator.prepare(student, optimizer)
-    loader = ViewLoader(
-        training.beton,
-        training.views,
-        recipe.data.size,
-        recipe.batch_size // accelerator.num_processes,
-        recipe.data.workers,
-        accelerator.device,
-    )
-    state = _State(accelerator, recipe, training, loader, student, model, wrapped, schedule, ema, [])
-    if checkpoint:
-        state.restore(checkpoint)
-    return state
-
-
-def _schedule(recipe: TrainRecipe, optimizer: Optimizer, steps: int) -> Scheduler:
-    """The learning rate as a function of the number of updates, warming up from zero."""
-    schedule, _ = timm.scheduler.create_scheduler_v2(
-        optimizer,
-        recipe.schedule.name,
-        num_epochs=recipe.schedule.epochs,
-        warmup_epochs=recipe.schedule.warmup_epochs,
-        warmup_lr=0.0,
-        min_lr=recipe.schedule.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
-    assert schedule is not None
-    return schedule
+    def _place(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes

@@ -1,0 +1,163 @@
+"""The student with everything that changes it: optimiser, schedule, average. One update after the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm.layers
+import timm.optim
+import timm.scheduler
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from timm.utils.clip_grad import dispatch_clip_grad
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipeline.errors import RecipeError
+from pipeline.loader import Batch
+from pipeline.views.draws import stream
+from trainer.losses import Losses, Weighted, distillation_loss, mixed_labels
+from trainer.recipe import TrainRecipe
+from trainer.student import Student, make_student
+
+
+@dataclass
+class Learner:
+    """Updates are counted from 0 over the whole run; `updates` of them make it up. The learning rate, the temperature
+    and the random numbers of an update are functions of its number."""
+
+    accelerator: Accelerator
+    recipe: TrainRecipe
+    updates: int
+    student: Student
+    model: nn.Module  # the student, compiled where the recipe asks for it, wrapped for its device and processes
+    optimizer: Any  # accelerate's, around one of timm's
+    schedule: Scheduler
+    ema: ModelEmaV3 | None
+
+    @property
+    def students(self) -> dict[str, Student]:
+        """What is validated: the weights, and their average where the recipe asks for one."""
+        return {"weights": self.student} | ({"ema": self.ema.module} if self.ema else {})  # pyright: ignore
+
+    @property
+    def result(self) -> Student:
+        return list(self.students.values())[-1]
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def temperature(self, update: int) -> float:
+        first, last = self.recipe.loss.temperature, self.recipe.loss.final_temperature
+        return first if last is None else first + (last - first) * update / max(1, self.updates - 1)
+
+    def begin(self, update: int) -> None:
+        """Make ready for an update: its learning rate, and its random numbers (dropout), different in each process."""
+        self.model.train()
+        self.schedule.step_update(update)
+        torch.manual_seed(int(stream(self.recipe.seed, update, self.accelerator.process_index)))
+
+    def learn(self, update: int, batch: Batch, soft: Sequence[Weighted]) -> Losses:
+        """Forward and backward on a part of the update's batch; the last of its parts changes the weights."""
+        with self.accelerator.accumulate(self.model):
+            with self.accelerator.autocast():
+                logits = self.model(batch.images)
+            loss = self.recipe.loss
+            losses = distillation_loss(
+                logits,
+                self._hard(batch),
+                soft,
+                alpha=loss.alpha,
+                temperature=self.temperature(update),
+                tail=loss.tail,
+                label_smoothing=loss.label_smoothing,
+            )
+            self.accelerator.backward(losses.total)
+            if self.accelerator.sync_gradients:
+                self._clip()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.ema and self.accelerator.sync_gradients:
+            self.ema.update(self.student, step=update + 1)
+        return losses
+
+    def _hard(self, batch: Batch) -> Tensor:
+        if batch.mixed is None:
+            return batch.labels
+        return mixed_labels(batch.labels, *batch.mixed, self.recipe.student.num_classes)
+
+    def _clip(self) -> None:
+        optimizer = self.recipe.optimizer
+        if optimizer.clip_grad is not None:
+            self.accelerator.unscale_gradients()
+            dispatch_clip_grad(self.model.parameters(), optimizer.clip_grad, optimizer.clip_mode)
+
+    def share_statistics(self) -> None:
+        """Give all processes the first one's batch norm statistics: each has those of its own images."""
+        if self.accelerator.num_processes > 1:
+            for student in self.students.values():
+                broadcast([buffer for _, buffer in sorted(student.named_buffers())])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> Learner:
+    """A learner at the start of a run of so many steps an epoch. Raises RecipeError for options that the optimiser
+    does not have, and what make_student raises."""
+    with accelerator.main_process_first():  # one download serves all processes
+        student = make_student(recipe).to(accelerator.device)
+    if recipe.sync_batch_norm and accelerator.num_processes > 1:
+        timm.layers.convert_sync_batchnorm(student)  # a Student is no norm itself: its modules are replaced in place
+    ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
+    optimizer = make_optimizer(recipe, student)
+    schedule = make_schedule(recipe, optimizer, steps)
+    model, wrapped = accelerator.prepare(torch.compile(student) if recipe.compile else student, optimizer)
+    return Learner(accelerator, recipe, recipe.schedule.epochs * steps, student, model, wrapped, schedule, ema)
+
+
+def make_optimizer(recipe: TrainRecipe, student: nn.Module) -> Optimizer:
+    """timm's optimiser, without weight decay for norms and biases."""
+    wanted, options = recipe.optimizer, dict[str, Any](recipe.optimizer.options)
+    try:
+        return timm.optim.create_optimizer_v2(student, wanted.name, wanted.lr, wanted.weight_decay, **options)
+    except TypeError as error:
+        raise RecipeError(
+            f"optimizer.options: expected arguments of {wanted.name}, found {', '.join(options)}: {error}"
+        ) from None
+
+
+def make_schedule(recipe: TrainRecipe, optimizer: Optimizer, steps: int) -> Scheduler:
+    """timm's schedule: the learning rate as a function of the number of updates, warming up from zero."""
+    wanted = recipe.schedule
+    schedule, _ = timm.scheduler.create_scheduler_v2(
+        optimizer,
+        {"linear": "poly"}.get(wanted.name, wanted.name),  # of power 1
+        num_epochs=wanted.epochs,
+        decay_epochs=wanted.decay_epochs or wanted.epochs,
+        decay_rate=wanted.decay_rate or 1.0,
+        warmup_epochs=wanted.warmup_epochs,
+        warmup_lr=0.0,
+        min_lr=wanted.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    assert schedule is not None
+    return schedule
