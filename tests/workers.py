@@ -1,27 +1,37 @@
-"""Processes for tests of the label stage that take no time to start: forks of a server that has imported it already."""
+"""Processes for tests of the stages that take no time to start: forks of a server that has imported them already."""
 
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipeline.label", "workers"])
+FORKS.set_forkserver_preload(["pipeline.label", "trainer.train", "workers"])
+Work = Callable[[], bool]  # whether it finished
 
 
-def start(recipe: Path, store: Path, processes: int, views: range | None = None) -> list[ForkServerProcess]:
-    """Label with a recipe's file into a store, as a launcher starts several processes; their output is dropped."""
+def labelling(recipe: Path, store: Path, views: range | None = None) -> Work:
+    """Label with a recipe's file into a store."""
+    return partial(_label, recipe, store, views)
+
+
+def training(recipe: Path, *changes: tuple[str, str]) -> Work:
+    """Train with a recipe's file and overrides."""
+    return partial(_train, recipe, changes)
+
+
+def start(work: Work, processes: int) -> list[ForkServerProcess]:
+    """Do some work as a launcher starts it in several processes; their output is dropped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes} for rank in range(processes)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
-    workers = [
-        FORKS.Process(target=_label, args=(recipe, store, views, address | (place if address else {})))
-        for place in places
-    ]
+    workers = [FORKS.Process(target=_run, args=(work, address | (place if address else {}))) for place in places]
     for worker in workers:
         worker.start()
     return workers
@@ -43,13 +53,27 @@ def finish(workers: list[ForkServerProcess], seconds: float = 120) -> list[int |
     return codes
 
 
-def _label(recipe: Path, store: Path, views: range | None, variables: dict[str, object]) -> None:
+def _run(work: Work, variables: dict[str, object]) -> None:
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        os._exit(0 if work() else 1)
+
+
+def _label(recipe: Path, store: Path, views: range | None) -> bool:
     from pipeline.label import label
     from pipeline.recipe import LabelRecipe
     from pipeline.recipe_file import load_recipe
 
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        finished = label(load_recipe(LabelRecipe, recipe, [("store", str(store))]), views)
-        os._exit(0 if finished else 1)
+    return label(load_recipe(LabelRecipe, recipe, [("store", str(store))]), views)
+
+
+def _train(recipe: Path, changes: tuple[tuple[str, str], ...]) -> bool:
+    import torch
+
+    from pipeline.recipe_file import load_recipe
+    from trainer.recipe import TrainRecipe
+    from trainer.train import train
+
+    torch.set_num_threads(1)
+    return train(load_recipe(TrainRecipe, recipe, changes))

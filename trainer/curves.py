@@ -38,7 +38,7 @@ def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None
         axes = figure.add_subplot(rows, 2, place)
         for key, label in series:
             points = [(line["epoch"], line[key]) for line in lines if key in line]
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) > 1 else "x")
         axes.set_title(name)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -45,7 +45,9 @@ def train(recipe: TrainRecipe) -> bool:
     check_trackers(recipe)
     folder = Path(recipe.output)
     project = ProjectConfiguration(str(folder), str(folder / "tensorboard"))
-    accelerator = train_accelerator(recipe, "train", log_with=list(recipe.watch.trackers), project_config=project)
+    accelerator = train_accelerator(
+        recipe, "train", log_with=list(recipe.watch.trackers) or None, project_config=project
+    )
     check_batch(recipe, accelerator.num_processes)
     _show_log(accelerator)
     training = open_training_set(recipe)
