@@ -41,7 +41,7 @@ data:
   size: 32
   workers: 2
   crop_pct: 1.0
-student: {{model: mobilenetv2_035, num_classes: 10, expand: {{branches: 2}}}}
+student: {{model: test_efficientnet, num_classes: 10, expand: {{branches: 2}}}}
 loss: {{alpha: 0.9, temperature: 2.0}}
 optimizer: {{name: adamw, lr: 1.0e-3}}
 schedule: {{epochs: 4, warmup_epochs: 1}}

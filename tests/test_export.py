@@ -60,7 +60,7 @@ def write_run(inputs: Path, name: str, *changes: tuple[str, str], seen: bool = T
                 student.train()(digits(inputs, recipe.data.size))
     save_recipe(recipe, folder / RECIPE)
     (folder / CLASSES).write_text("".join(f"digit {digit}\n" for digit in range(recipe.student.num_classes)))
-    save_weights(folder, student.network)
+    save_weights(folder / WEIGHTS, student.network)
     return folder
 
 
@@ -99,7 +99,7 @@ def normalised(folder: Path, images: Tensor) -> Tensor:
 class TestTimmFolder:
     def test_stock_timm_loads_it_and_predicts_as_the_run_does(self, inputs: Path, run: Path, folder: Path) -> None:
         stock: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        plain = timm.create_model("mobilenetv2_035", num_classes=10)
+        plain = timm.create_model("test_efficientnet", num_classes=10)
         plain.load_state_dict(stock.state_dict(), strict=True)
         student = make_student(train_recipe(inputs), run / WEIGHTS).eval()
         mean, std = (torch.tensor(stock.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))

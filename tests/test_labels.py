@@ -164,8 +164,8 @@ class TestSeveralStores:
         other = inputs / "other views.zarr"
         assert label(label_recipe(inputs, ("views.seed", "2"), ("store", str(other))))
         message = (
-            rf"^{other}: expected the views of {inputs}/labels.zarr, since one batch of pixels gets the labels of both, "
-            r"found others: views.seed: expected 1, found 2; label the same views with each teacher$"
+            rf"^{other}: expected the views of {inputs}/labels.zarr, since one batch of pixels gets the labels of "
+            r"both, found others: views.seed: expected 1, found 2; label the same views with each teacher$"
         )
         with pytest.raises(DataError, match=message):
             open_training_set(train_recipe(inputs, both(inputs, other)))

@@ -181,9 +181,9 @@ class TestTwoProcesses:
         self, inputs: Path, other_run: Path, tmp_path: Path
     ) -> None:
         recipe = write_recipe(inputs, "stopped", TRAIN)
-        work = training(recipe, ("output", str(tmp_path / "whole")), ("schedule.epochs", "12"))
+        work = training(recipe, ("output", str(tmp_path / "whole")), ("schedule.epochs", "6"))
         assert finish(start(work, 2)) == [0, 0]
-        work = training(recipe, ("output", str(other_run)), ("schedule.epochs", "12"))
+        work = training(recipe, ("output", str(other_run)), ("schedule.epochs", "6"))
         workers = start(work, 2)
         while not (other_run / METRICS).exists():
             assert all(worker.is_alive() for worker in workers)

@@ -127,17 +127,20 @@ def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> L
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         timm.layers.convert_sync_batchnorm(student)  # a Student is no norm itself: its modules are replaced in place
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
-    optimizer = make_optimizer(recipe, student)
+    optimizer = make_optimizer(recipe, student.network)
     schedule = make_schedule(recipe, optimizer, steps)
     model, wrapped = accelerator.prepare(torch.compile(student) if recipe.compile else student, optimizer)
     return Learner(accelerator, recipe, recipe.schedule.epochs * steps, student, model, wrapped, schedule, ema)
 
 
-def make_optimizer(recipe: TrainRecipe, student: nn.Module) -> Optimizer:
-    """timm's optimiser, without weight decay for norms and biases."""
+def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
+    """timm's optimiser, without weight decay for norms, biases and what the network itself names (position embeddings).
+
+    Raises RecipeError for options that it does not have.
+    """
     wanted, options = recipe.optimizer, dict[str, Any](recipe.optimizer.options)
     try:
-        return timm.optim.create_optimizer_v2(student, wanted.name, wanted.lr, wanted.weight_decay, **options)
+        return timm.optim.create_optimizer_v2(network, wanted.name, wanted.lr, wanted.weight_decay, **options)
     except TypeError as error:
         raise RecipeError(
             f"optimizer.options: expected arguments of {wanted.name}, found {', '.join(options)}: {error}"
