@@ -1,0 +1,64 @@
+"""Training that is killed at any moment goes on to the same end."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import TRAIN, assert_same, label_recipe, make_inputs, metrics, weights, write_recipe
+from workers import finish, kill, start, training
+
+from pipeline.label import label
+from trainer.checkpoint import BEST, LAST, WEIGHTS, load_checkpoint
+
+EPOCHS, STEPS, KILLS = 8, 4, 10
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("training kills"))
+    assert label(label_recipe(folder))
+    text = TRAIN.replace("epochs: 4", f"epochs: {EPOCHS}") + "checkpoint_minutes: 0.002\n"
+    return write_recipe(folder, "train", text)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_kills_at_random_moments_end_in_the_same_weights(recipe: Path, tmp_path: Path, processes: int) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    finish(start(training(recipe, ("output", str(run)), ("schedule.epochs", "2")), processes))  # imports everything
+    shutil.rmtree(run)
+    started = time.monotonic()
+    assert finish(start(training(recipe, ("output", str(whole))), processes)) == [0] * processes
+    seconds = time.monotonic() - started
+    moments, places = random.Random(processes), []
+    for _ in range(KILLS):
+        workers = start(training(recipe, ("output", str(run))), processes)
+        time.sleep(moments.uniform(0.3, 0.6) * seconds)
+        kill(workers)
+        places.append(_updates(run))
+        if (run / WEIGHTS).exists():  # it was done before it could be killed
+            _assert_same_end(whole, run)
+            shutil.rmtree(run)
+    assert finish(start(training(recipe, ("output", str(run))), processes)) == [0] * processes
+    _assert_same_end(whole, run)
+    assert any(place % STEPS for place in places), f"no kill came within an epoch: {places}"
+    assert len(set(places)) > 2, places
+
+
+def _updates(run: Path) -> int:
+    if not (run / LAST).exists():
+        return 0
+    progress = torch.load(run / LAST, weights_only=True)["progress"]
+    return progress["epoch"] * STEPS + progress["step"]
+
+
+def _assert_same_end(one: Path, two: Path) -> None:
+    assert_same(weights(one), weights(two))
+    assert metrics(one) == metrics(two)
+    assert (one / BEST).read_bytes() == (two / BEST).read_bytes()
+    states = [load_checkpoint(run) for run in (one, two)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert_same(states[0]["learner"], states[1]["learner"])
