@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numba
 import numpy as np
@@ -32,7 +33,7 @@ def kept_threads() -> Iterator[None]:
         numba.set_num_threads(numba_threads)
 
 
-with kept_threads():
+with kept_threads(), patch("numba.typed.Dict", dict):  # numba compiles one for two constants, which takes seconds
     from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
