@@ -1,5 +1,7 @@
 # Every target sets the project up first, which takes a second when nothing has changed.
 PYTHON_BIN := .venv/bin/python
+# One file of tests to a process at a time. One thread each: their tensors are small, and sums depend on the number.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo test check bench clean
 
@@ -20,13 +22,13 @@ demo: setup
 	$(PYTHON_BIN) scripts/demo.py
 
 test: setup
-	$(PYTHON_BIN) -m pytest
+	$(PYTEST)
 
 check: setup
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m pyright
-	$(PYTHON_BIN) -m pytest
+	$(PYTEST)
 
 bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON_BIN) $$script || exit 1; done
