@@ -129,8 +129,15 @@ def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> L
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
     optimizer = make_optimizer(recipe, student.network)
     schedule = make_schedule(recipe, optimizer, steps)
-    model, wrapped = accelerator.prepare(torch.compile(student) if recipe.compile else student, optimizer)
+    model, wrapped = accelerator.prepare(_compiled(student) if recipe.compile else student, optimizer)
     return Learner(accelerator, recipe, recipe.schedule.epochs * steps, student, model, wrapped, schedule, ema)
+
+
+def _compiled(student: Student) -> Any:
+    for module in student.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # between compiled parts torch loses track of what was changed in place
+    return torch.compile(student)
 
 
 def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
