@@ -147,7 +147,11 @@ def test_random_numbers_are_a_function_of_the_update(learner: Learner) -> None:
 
 def test_the_average_keeps_decay_of_itself_at_each_update(inputs: Path, tmp_path: Path) -> None:
     """After the first update it is the weights, as timm has it."""
-    changes = [("schedule", "{name: constant, epochs: 1}"), ("batch_size", "32"), ("ema", "{decay: 0.75, warmup: false}")]
+    changes = [
+        ("schedule", "{name: constant, epochs: 1}"),
+        ("batch_size", "32"),
+        ("ema", "{decay: 0.75, warmup: false}"),
+    ]
     recipe, run = train_recipe(inputs, *changes, ("output", str(tmp_path / "run"))), tmp_path / "run"
     train_and_crash(recipe, 1)
     first = torch.load(run / LAST, weights_only=True)["learner"]
@@ -185,6 +189,7 @@ def test_a_student_with_synchronised_batch_norm_folds_to_the_same(inputs: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, from inside of its compiler
 def test_a_compiled_student_learns_the_same(inputs: Path, tmp_path: Path) -> None:
     for name in ("true", "false"):
         changes = ("compile", name), ("schedule.epochs", "2"), ("output", str(tmp_path / name))

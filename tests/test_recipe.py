@@ -117,12 +117,56 @@ def test_one_problem(tmp_path: Path, text: str, expected: str) -> None:
             TRAIN.replace("epochs: 4", "epochs: 4, warmup_epochs: 4"),
             "schedule.warmup_epochs: expected fewer than epochs",
         ),
+        (
+            TRAIN.replace("lr: 1e-3", "lr: 2.0"),
+            "optimizer.lr: expected 1e-08 to 1, what lamb can work with (got 2)",
+        ),
+        (
+            TRAIN.replace("lr: 1e-3", "lr: 200.0, name: sgd"),
+            "optimizer.lr: expected 1e-08 to 100, what sgd can work with",
+        ),
+        (
+            TRAIN.replace("lr: 1e-3", "lr: 1e-9, name: sgd"),
+            "optimizer.lr: expected 1e-08 to 100, what sgd can work with",
+        ),
+        (
+            TRAIN.replace("epochs: 4", "epochs: 4, min_lr: 0.01"),
+            "schedule.min_lr: expected at most optimizer.lr = 0.001 (got 0.01)",
+        ),
+        (
+            TRAIN.replace("epochs: 4", "epochs: 4, min_lr: 0.0001, name: constant"),
+            "schedule.min_lr: expected none for name: constant (got 0.0001)",
+        ),
+        (
+            TRAIN.replace("epochs: 4", "epochs: 4, name: step"),
+            "schedule: expected decay_epochs and decay_rate for name: step alone (got name: step)",
+        ),
+        (
+            TRAIN.replace("epochs: 4", "epochs: 4, decay_epochs: 2, decay_rate: 0.5"),
+            "schedule: expected decay_epochs and decay_rate for name: step alone (got name: cosine)",
+        ),
+        (
+            TRAIN.replace("labels: labels.zarr", "labels: [{store: a.zarr, weight: 0}]"),
+            "data.labels.0.weight: input should be greater than 0 (got 0)",
+        ),
+        (TRAIN.replace("labels: labels.zarr", "labels: []"), "data.labels: tuple should have at least 1 item"),
         (TRAIN + "loss: {alpha: 1.5}", "loss.alpha: input should be less than or equal to 1"),
         (TRAIN + "loss: {tail: sprad}", "loss.tail: input should be 'drop', 'lump' or 'spread'"),
     ],
 )
 def test_train_recipe_problems(tmp_path: Path, text: str, expected: str) -> None:
     assert problems(tmp_path, text, model=TrainRecipe)[0].startswith(f"F: {expected}")
+
+
+def test_one_store_is_a_list_of_one(tmp_path: Path) -> None:
+    path = write(tmp_path, TRAIN)
+    one = load_recipe(TrainRecipe, path)
+    assert one.data.labels is not None
+    assert [(part.store, part.weight) for part in one.data.labels] == [("labels.zarr", 1.0)]
+    assert load_recipe(TrainRecipe, path, [("data.labels", "[{store: labels.zarr, weight: 1}]")]) == one
+    assert (
+        load_recipe(TrainRecipe, path, [("data.labels", "null"), ("views", "{seed: 0, count: 1}")]).data.labels is None
+    )
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

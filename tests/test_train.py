@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from small_runs import (
     TRAIN,
     Crash,
@@ -261,3 +262,17 @@ def test_a_crash_while_the_best_weights_are_written_leaves_no_part_of_them(
         with pytest.raises(Crash):
             train(train_recipe(inputs, ("output", str(other_run))))
     assert not (other_run / BEST).exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_an_accelerator_trains_and_goes_on(inputs: Path, tmp_path: Path, precision: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    changes = ("precision", precision), ("optimizer.clip_grad", "1.0"), ("output", str(tmp_path / "run"))
+    try:
+        train_and_crash(train_recipe(inputs, *changes), 6)
+        assert train(train_recipe(inputs, *changes))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]

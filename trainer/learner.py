@@ -136,7 +136,8 @@ def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> L
 def _compiled(student: Student) -> Any:
     for module in student.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False  # between compiled parts torch loses track of what was changed in place
+            # between compiled parts torch loses track of what was changed in place
+            module.inplace = False  # pyright: ignore[reportArgumentType]
     return torch.compile(student)
 
 
