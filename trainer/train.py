@@ -112,19 +112,18 @@ class _Run:
         self._folder, self._main = Path(self.recipe.output), self.accelerator.is_main_process
         self._steps, self._epochs = self.training.steps(self.recipe.batch_size), self.recipe.schedule.epochs
         self._pending: list[Tensor] = []  # losses of updates, on their device: looking at them makes it wait
+        self._clock, self._epoch_clock = Clock(self.loader), Clock(self.loader)
         self._saved = time.monotonic()
+        update = self.progress.epoch * self._steps + self.progress.step
+        self._watch = Watch(self.accelerator, self.recipe, update, self.learner.updates)
+        self._stop, self._agree = StopSignal(), Agreement(self.accelerator)
+        self._reader = LabelReader(self.training.stores)
 
     def finish(self) -> bool:
         """Train what is left; False when a signal ended it."""
-        first, update = self.progress.epoch, self.progress.epoch * self._steps + self.progress.step
-        if first < self._epochs:
-            with (
-                StopSignal() as self._stop,
-                LabelReader(self.training.stores) as self._reader,
-                Watch(self.accelerator, self.recipe, self._folder, update, self.learner.updates) as self._watch,
-            ):
-                self._agree = Agreement(self.accelerator)
-                for epoch in range(first, self._epochs):
+        if self.progress.epoch < self._epochs:
+            with self._stop, self._reader, self._watch:
+                for epoch in range(self.progress.epoch, self._epochs):
                     if not self._train(epoch):
                         return False
                     self._validate(epoch)
@@ -140,7 +139,7 @@ class _Run:
         rows = share(self.training.order(self.recipe.seed, epoch), self.recipe.batch_size, *self._place)
         batches = self.loader.render(rows[self.progress.step :].reshape(-1), view)
         self._watch.epoch(epoch)
-        self._clock, self._epoch_clock = Clock(self.loader.waited), Clock(self.loader.waited)
+        self._clock, self._epoch_clock = Clock(self.loader), Clock(self.loader)
         for step in range(self.progress.step, self._steps):
             update = epoch * self._steps + step
             self.learner.begin(update)
@@ -182,7 +181,7 @@ class _Run:
         for total, hard, soft in losses.mean(dim=0).tolist():
             self.progress.sums = [a + b for a, b in zip(self.progress.sums, (total, hard, soft), strict=True)]
         means = dict(zip(("loss", "hard_loss", "soft_loss"), losses.mean(dim=(0, 1)).tolist(), strict=True))
-        self._watch.losses(update + 1, means | {"lr": self.learner.lr} | self._clock.read(self.loader.waited))
+        self._watch.losses(update + 1, means | {"lr": self.learner.lr} | self._clock.read())
 
     def _not_finite(self, step: int, losses: Tensor) -> Exception:
         rank = int((~losses.isfinite()).nonzero()[0])
@@ -199,7 +198,7 @@ class _Run:
         figures = {"epoch": epoch + 1, "view": self.training.view(epoch), "lr": self.learner.lr}
         figures |= {"temperature": self.learner.temperature(update - 1)}
         figures |= dict(zip(("loss", "hard_loss", "soft_loss"), means, strict=True))
-        speed = self._epoch_clock.read(self.loader.waited)
+        speed = self._epoch_clock.read()
         self._watch.waiting(epoch, speed["data_wait"])
         if last or (epoch + 1) % self.recipe.evaluation.epochs == 0:
             found = self.validation.figures(self.learner, folded=last)

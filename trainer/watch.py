@@ -10,6 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from pipeline.errors import RecipeError
+from pipeline.loader import ViewLoader
 from trainer.recipe import TrainRecipe
 
 LARGEST_WAIT = 0.1  # a larger fraction of the time spent waiting for images is said
@@ -32,24 +33,24 @@ def check_trackers(recipe: TrainRecipe) -> None:
 class Watch:
     """The live line and the trackers of a run; every process has one, the first one shows."""
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainRecipe, folder: Path, update: int, updates: int) -> None:
+    def __init__(self, accelerator: Accelerator, recipe: TrainRecipe, update: int, updates: int) -> None:
         self._accelerator, self._recipe = accelerator, recipe
-        self._shows = accelerator.is_main_process
-        self._warned = False
+        self._update, self._updates = update, updates
+        self._shows, self._warned = accelerator.is_main_process, False
+
+    def __enter__(self) -> "Watch":
         self._bar = tqdm(
-            desc=str(folder),
-            total=updates,
-            initial=update,
+            desc=self._recipe.output,
+            total=self._updates,
+            initial=self._update,
             unit="step",
             disable=not self._shows,
             mininterval=0.2 if sys.stderr.isatty() else SECONDS_WITHOUT_TERMINAL,
         )
-        # of steps that are done again after a crash, TensorBoard forgets what it has seen
-        options = {"tensorboard": {"purge_step": update}}
-        config = _flat(recipe.model_dump(mode="json")) if update == 0 else None
-        accelerator.init_trackers(folder.name, config, options)
-
-    def __enter__(self) -> "Watch":
+        # of updates that are done again after a crash, TensorBoard forgets what it has seen
+        options = {"tensorboard": {"purge_step": self._update}}
+        config = _flat(self._recipe.model_dump(mode="json")) if self._update == 0 else None
+        self._accelerator.init_trackers(Path(self._recipe.output).name, config, options)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,19 +96,23 @@ class Watch:
 
 
 class Clock:
-    """How fast images went by, and how much of the time went into waiting for them, since it was last read."""
+    """How fast images of a loader went by, and the fraction of the time spent waiting for them, since it was last
+    read."""
 
-    def __init__(self, waited: float) -> None:
-        self._started, self._waited, self._images = time.perf_counter(), waited, 0
+    def __init__(self, loader: ViewLoader) -> None:
+        self._loader = loader
+        self._start()
+
+    def _start(self) -> None:
+        self._started, self._waited, self._images = time.perf_counter(), self._loader.waited, 0
 
     def count(self, images: int) -> None:
         self._images += images
 
-    def read(self, waited: float) -> dict[str, float]:
-        """`waited`: seconds spent waiting so far. Starts again."""
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        figures = {"images_per_second": self._images / seconds, "data_wait": (waited - self._waited) / seconds}
-        self.__init__(waited)
+    def read(self) -> dict[str, float]:
+        seconds, waited = time.perf_counter() - self._started, self._loader.waited - self._waited
+        figures = {"images_per_second": self._images / seconds, "data_wait": waited / seconds}
+        self._start()
         return figures
 
 

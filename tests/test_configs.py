@@ -1,0 +1,114 @@
+"""The recipes of configs/: every student trains, the study's table is a table of runs, labels fit together."""
+
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+from small_runs import pack_folder, write_digits, write_teacher
+
+from pipeline.cli import overrides
+from pipeline.label import label
+from pipeline.recipe import LabelRecipe
+from pipeline.recipe_file import load_recipe
+from teachers import PUBLISHED
+from trainer.recipe import TrainRecipe
+from trainer.train import train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LABEL = {path.stem: path for path in sorted((CONFIGS / "label").glob("*.yaml"))}
+TRAIN = {path.stem: path for path in sorted((CONFIGS / "train").glob("*.yaml"))}
+FULL = [name for name in TRAIN if "epochs" not in name and name != "teacher_own_classes"]
+SMALL_LABELS = (
+    "--classes 10 --views.count 50 --top_k 3 --min_top1 null --batch_size 160 --workers 1 --precision float32"
+    " --teachers.0.model local-dir:teacher --teachers.0.size 32"
+)
+# GhostNets pool once more at their smallest, so 64 pixels are the fewest. Accelerate keeps a process's precision.
+SMALL = (
+    "--student.num_classes 10 --data.size 64 --data.workers 1 --batch_size 4 --accumulation 2 --schedule.epochs 1"
+    " --schedule.warmup_epochs 0 --watch.trackers [] --evaluation.agreement 4 --precision float32"
+)
+# A vision transformer has one size. No published weights are here.
+SMALL_TEACHER = (
+    "--data.size 224 --student.pretrained false --data.train data/imagenet_train.beton"
+    " --data.validation data/imagenet_validation.beton"
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 digits to train on and 10 to validate, packed and labelled under the names that the recipes have."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "data").mkdir()
+    for number, split in enumerate(("train", "validation")):
+        write_digits(folder / split, 1, number)
+        pack_folder(folder / split, folder / f"data/imagenet_{split}.beton")
+    write_teacher(folder / "teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        label(load_recipe(LabelRecipe, LABEL["imagenet_beitv2"], overrides(SMALL_LABELS.split())))
+    return folder
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_every_student_trains_two_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(folder)
+    changes = f"{SMALL} {SMALL_TEACHER if name == 'teacher_own_classes' else ''}"
+    recipe = load_recipe(TrainRecipe, TRAIN[name], overrides(changes.split()))
+    assert train(recipe)
+    assert (Path(recipe.output) / "model.safetensors").exists()
+    shutil.rmtree(recipe.output)  # a teacher takes gigabytes
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_runs_of_the_train_recipes_are_told_apart(name: str) -> None:
+    recipe = load_recipe(TrainRecipe, TRAIN[name])
+    assert recipe.precision == "bf16"
+    outputs = [load_recipe(TrainRecipe, path).output for path in TRAIN.values()]
+    assert outputs.count(recipe.output) == 1
+
+
+def test_full_recipes_differ_in_their_students_alone() -> None:
+    recipes = [load_recipe(TrainRecipe, TRAIN[name]) for name in FULL]
+    assert len(recipes) == 6
+    shared = [recipe.model_dump(exclude={"output": True, "student": {"model", "library"}}) for recipe in recipes]
+    assert all(one == shared[0] for one in shared)
+    base = recipes[0]
+    assert (base.schedule.name, base.schedule.epochs, base.batch_size) == ("cosine", 600, 2048)
+    assert base.student.expand
+    assert (base.student.expand.branches, base.student.expand.scale) == (3, True)
+
+
+def test_label_recipes_have_the_same_views_and_published_teachers() -> None:
+    recipes = [load_recipe(LabelRecipe, path) for path in LABEL.values()]
+    assert len(recipes) == 4
+    assert len({recipe.store for recipe in recipes}) == 4
+    for recipe in recipes:
+        assert recipe.views == recipes[0].views
+        assert {teacher.model for teacher in recipe.teachers} <= set(PUBLISHED)
+
+
+def table_rows():
+    script = runpy.run_path(str(CONFIGS.parent / "scripts/ablation_smoke.py"))
+    return script["table_rows"]((CONFIGS / "README.md").read_text())
+
+
+def test_every_row_of_the_study_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    rows = table_rows()
+    assert len(rows) > 30
+    labelled, seen = set(), []
+    for row in rows:
+        *labelling, (package, verb, _, config, *words) = row.commands
+        for label_package, label_verb, _, label_config, *label_words in labelling:
+            assert (label_package, label_verb) == ("pipeline", "label")
+            labelled.add(load_recipe(LabelRecipe, label_config, overrides(label_words)).store)
+        assert (package, verb) == ("trainer", "train")
+        recipe = load_recipe(TrainRecipe, config, overrides(words))
+        assert recipe.output == f"runs/ablation/{row.name}"
+        assert {part.store for part in recipe.data.labels or ()} <= labelled
+        seen.append(recipe.model_dump(exclude={"output"}))
+    assert len({row.name for row in rows}) == len(rows)
+    assert all(recipe not in seen[:number] for number, recipe in enumerate(seen))
