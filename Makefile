@@ -3,13 +3,14 @@ PYTHON_BIN := .venv/bin/python
 # One file of tests to a process at a time. One thread each: their tensors are small, and sums depend on the number.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench ablation-smoke clean
 
 help:
 	@echo "make demo   pack, label, train, fold and export on real images; prints a table (8 to 9 minutes on 2 cores)"
 	@echo "make test   the tests"
 	@echo "make check  ruff, pyright and the tests"
 	@echo "make bench  the benchmarks"
+	@echo "make ablation-smoke  every row of the study in configs/README.md, two steps each, on a few digits"
 	@echo "make clean  remove what the demo made"
 
 setup: .venv/.ready
@@ -32,6 +33,9 @@ check: setup
 
 bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON_BIN) $$script || exit 1; done
+
+ablation-smoke: setup
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) scripts/ablation_smoke.py
 
 clean:
 	rm -rf data/demo runs/demo export/demo
