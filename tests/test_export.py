@@ -208,7 +208,7 @@ class TestInt8:
         types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
         weights = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in shapes]
         kernels = [node for node in weights if len(shapes[node.input[0]]) == 4]
-        assert len(kernels) == 52
+        assert len(kernels) == 17  # those of all convolutions
         for node in kernels:
             assert types[node.input[0]] == onnx.TensorProto.INT8
             assert shapes[node.input[1]] == shapes[node.input[0]][:1]
@@ -285,7 +285,7 @@ class TestManifest:
     def test_cost(self, folder: Path) -> None:
         exported = open_exported(folder)
         assert exported.folded == cost_of(load_folder(folder), 32)
-        assert exported.trained.macs > 1.5 * exported.folded.macs
+        assert exported.trained.macs > 1.1 * exported.folded.macs
         assert cost_of(timm.create_model("mobilenetv2_100"), 224).macs == pytest.approx(300.8e6, rel=1e-3)
 
     def test_a_damaged_one_is_named(self, folder: Path, out: Path) -> None:
@@ -399,5 +399,5 @@ def test_the_command_prints_what_it_found(
     assert main(["export", "--run", str(run), "--out", str(out), "--formats", "timm"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"out: \d+ parameters folded to \d+, largest relative difference \S+e-\d+ in float64", lines[0])
-    assert re.search(r"timm: \S+model.safetensors, 1.7 MB, top-1 \S+ %, 100.00 % of 20 predicted the same", lines[1])
+    assert re.search(r"timm: \S+model.safetensors, 0.4 MB, top-1 \S+ %, 100.00 % of 20 predicted the same", lines[1])
     assert main(["export", "--run", str(run), "--out", str(out), "--formats", "tflite"]) == 2

@@ -20,7 +20,7 @@ HOMES = {
     "onnxscript": set(),  # torch.onnx needs it
     "executorch": {"trainer/formats/executorch_file.py"},
     "coremltools": {"trainer/formats/coreml_file.py"},
-    "matplotlib": {"trainer/latency.py"},
+    "matplotlib": {"trainer/curves.py", "trainer/latency.py"},
     "triton": {"trainer/students/depthwise_triton.py"},
 }
 # what a student's machine needs of the pipeline: its contracts, never the stages that make them

@@ -350,7 +350,7 @@ def test_the_precision_is_the_recipes(inputs: Path, other_store: Path) -> None:
     )
     assert done.returncode == 2
     assert (
-        "expected no --mixed_precision, because labels depend on it, found bf16; set `precision: bf16`" in done.stderr
+        "expected no --mixed_precision, because results depend on it, found bf16; set `precision: bf16`" in done.stderr
     )
     assert label(label_recipe(inputs, ("store", str(other_store)), ("precision", "bf16"), ("views.count", "1")))
     logits = reference_logits(inputs, 1)[0].double()

@@ -54,7 +54,7 @@ class TestLatency:
         unfolded, folded = [("unfolded", name) for name in ("torch", "onnx")], ["torch", "onnx", "int8"]
         assert sides == [*unfolded, *(("folded", name) for name in folded)]
         assert all(len(each.rounds) == 2 and min(each.rounds) > 0 for each in measured)
-        assert measured[1].side.cost.macs > 1.5 * measured[3].side.cost.macs
+        assert measured[1].side.cost.macs > 1.1 * measured[3].side.cost.macs
         assert measured[3].side.bytes == (folder / "model.onnx").stat().st_size
 
     def test_a_student_without_branches_has_one_form(self, inputs: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from small_runs import label_recipe, make_inputs, train_recipe
 from small_teachers import Evil
 
@@ -15,7 +16,7 @@ from trainer.checkpoint import LAST
 from trainer.data import open_training_set, share
 from trainer.evaluate import evaluate
 from trainer.losses import Losses
-from trainer.safety import NOT_FINITE, check_batch
+from trainer.safety import NOT_FINITE, check_batch, check_same_start
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +104,18 @@ def test_the_batch_is_divided_among_processes_and_accumulation(inputs: Path) -> 
 def test_single_images_are_enough_without_batch_norm(inputs: Path, tmp_path: Path) -> None:
     changes = ("student", "{model: test_convnext, num_classes: 10}"), ("accumulation", "16"), ("schedule.epochs", "2")
     assert train(train_recipe(inputs, *changes, ("output", str(tmp_path / "run"))))
+
+
+def test_run_folders_that_are_not_shared_are_noticed(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    check_same_start(train_recipe(inputs), accelerator, 6)
+    monkeypatch.setattr(accelerator, "gather", lambda tensor: torch.tensor([6, 0]))
+    message = (
+        rf"^{inputs}/run: expected the same checkpoint in all processes, found updates 6, 0; put output on a disk that "
+        r"all machines share$"
+    )
+    with pytest.raises(DataError, match=message):
+        check_same_start(train_recipe(inputs), accelerator, 6)
 
 
 def test_the_launchers_precision_must_be_the_recipes(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_expanded_students_start_as_their_checkpoint(tmp_path: Path, pretrained:
     start = build_student("mobilenetv2_035", 10).eval()
     safetensors.torch.save_file(start.state_dict(), tmp_path / "start.safetensors")
     changes = ("checkpoint", str(tmp_path / "start.safetensors")), ("pretrained", pretrained)
-    student = make_student(recipe(tmp_path, *changes)).eval()
+    student = make_student(recipe(tmp_path, ("model", "mobilenetv2_035"), *changes)).eval()
     assert any(isinstance(module, MultiBranchConv) for module in student.modules())
     torch.testing.assert_close(student(IMAGES), start(normalised(IMAGES)), rtol=1e-4, atol=1e-5)
 

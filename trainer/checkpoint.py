@@ -28,7 +28,8 @@ from trainer.recipe import TrainRecipe
 RECIPE, CLASSES, METRICS, CURVES = "recipe.yaml", "classes.txt", "metrics.jsonl", "curves.png"
 LAST, PREVIOUS = "last.pt", "previous.pt"
 BEST, WEIGHTS = "best.safetensors", "model.safetensors"
-# Keys that change neither the global batches nor what is learnt from them, but for the rounding of sums.
+# Keys that do not change the global batches: a run may go on with others, as it may with other processes. Batch norm's
+# statistics are those of a part of a batch, so that with another accumulation they are of more or fewer images.
 HARMLESS = {
     "output": True,
     "watch": True,

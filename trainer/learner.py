@@ -57,7 +57,6 @@ class Learner:
 
     def begin(self, update: int) -> None:
         """Make ready for an update: its learning rate, and its random numbers (dropout), different in each process."""
-        self.model.train()
         self.schedule.step_update(update)
         torch.manual_seed(int(stream(self.recipe.seed, update, self.accelerator.process_index)))
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,6 +46,16 @@ def check_batch_norm(recipe: TrainRecipe, student: nn.Module, processes: int) ->
             f"batch_size: expected at least 2 images in each part, for batch norm's statistics, found 1 of "
             f"{recipe.batch_size}; raise batch_size, or lower accumulation ({recipe.accumulation}) or the number of "
             f"processes ({processes})"
+        )
+
+
+def check_same_start(recipe: TrainRecipe, accelerator: Accelerator, update: int) -> None:
+    """Raise DataError when the processes go on from different updates, as with a run folder on each machine."""
+    starts: Any = accelerator.gather(torch.tensor([update], device=accelerator.device))
+    if (starts != update).any():
+        raise DataError(
+            f"{recipe.output}: expected the same checkpoint in all processes, found updates "
+            f"{', '.join(str(start) for start in starts.tolist())}; put output on a disk that all machines share"
         )
 
 

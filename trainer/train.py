@@ -30,7 +30,7 @@ from trainer.evaluate import train_accelerator
 from trainer.labels import LabelReader
 from trainer.learner import Learner, make_learner
 from trainer.recipe import TrainRecipe
-from trainer.safety import check_batch, check_batch_norm, memory_advice, not_finite
+from trainer.safety import check_batch, check_batch_norm, check_same_start, memory_advice, not_finite
 from trainer.validation import Validation, open_validation
 from trainer.watch import Clock, Watch, check_trackers
 
@@ -115,6 +115,7 @@ class _Run:
         self._clock, self._epoch_clock = Clock(self.loader), Clock(self.loader)
         self._saved = time.monotonic()
         update = self.progress.epoch * self._steps + self.progress.step
+        check_same_start(self.recipe, self.accelerator, update)
         self._watch = Watch(self.accelerator, self.recipe, update, self.learner.updates)
         self._stop, self._agree = StopSignal(), Agreement(self.accelerator)
         self._reader = LabelReader(self.training.stores)
@@ -139,6 +140,7 @@ class _Run:
         rows = share(self.training.order(self.recipe.seed, epoch), self.recipe.batch_size, *self._place)
         batches = self.loader.render(rows[self.progress.step :].reshape(-1), view)
         self._watch.epoch(epoch)
+        self.learner.model.train()
         self._clock, self._epoch_clock = Clock(self.loader), Clock(self.loader)
         for step in range(self.progress.step, self._steps):
             update = epoch * self._steps + step
@@ -198,19 +200,20 @@ class _Run:
         figures = {"epoch": epoch + 1, "view": self.training.view(epoch), "lr": self.learner.lr}
         figures |= {"temperature": self.learner.temperature(update - 1)}
         figures |= dict(zip(("loss", "hard_loss", "soft_loss"), means, strict=True))
-        speed = self._epoch_clock.read()
-        self._watch.waiting(epoch, speed["data_wait"])
+        figures |= self._epoch_clock.read()
+        self._watch.waiting(epoch, figures["data_wait"])
+        lines = [*self.progress.metrics, figures]
         if last or (epoch + 1) % self.recipe.evaluation.epochs == 0:
             found = self.validation.figures(self.learner, folded=last)
             self._watch.validated(epoch, update, found)
             self._keep_best(found)
-            speed |= found
-        before = self.progress
-        self.progress = _Progress(epoch + 1, metrics=[*before.metrics, figures | speed], best=before.best)
-        self._save()
+            figures |= found
+            if self._main:
+                plot_curves(lines, self.recipe.output, self._folder / CURVES)
         if self._main:
-            save_metrics(self._folder, self.progress.metrics)
-            plot_curves(self.progress.metrics, self.recipe.output, self._folder / CURVES)
+            save_metrics(self._folder, lines)
+        self.progress = _Progress(epoch + 1, metrics=lines, best=self.progress.best)
+        self._save()  # last: after a kill before it, all of this is done again
 
     def _keep_best(self, figures: dict[str, float]) -> None:
         top1 = figures["ema_top1" if self.recipe.ema else "top1"]
