@@ -1,0 +1,155 @@
+"""Those figures of step.py that need a process of their own: memory, and how soon a run makes its first step."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from loader import write_photographs
+from step_sides import (
+    CLASSES,
+    CPU,
+    ON_A_CPU,
+    RECIPE,
+    K,
+    learner_step,
+    make_labels,
+    make_teacher,
+    make_training,
+    online_step,
+)
+from store import BLOCK_ROWS, manifest, synthetic_logits
+
+from pipeline.beton import open_beton
+from pipeline.manifest import text_digest
+from pipeline.pack import pack
+from pipeline.probes import make_probes
+from pipeline.recipe import PackRecipe, SourceRecipe, ViewRecipe
+from pipeline.store import create_store, open_store
+from pipeline.topk import decode, encode
+from trainer.checkpoint import LAST
+from trainer.labels import LabelReader, Labels, ViewLabels
+
+VIEWS = ViewRecipe(seed=0, count=2)
+BATCH = 1024
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS, what is resident now, or VmHWM, its peak. (ru_maxrss of a new process is that of its parent.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def start_peak() -> int:
+    """Let the peak start anew; returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def training_memory(folder: Path, student: str, online: bool, images: int, size: int) -> int:
+    """Bytes by which two steps of a student, and all they need, make this process grow at most."""
+    torch.set_num_threads(1)
+    before = start_peak()
+    training = make_training(student, images, size)
+    if online:
+        step = online_step(training, make_teacher())
+    else:
+        step = learner_step(training, make_labels(folder / f"{student}.zarr", with_template=False))
+    step()
+    step()
+    return resident("VmHWM") - before
+
+
+def write_labels(path: Path, keys: np.ndarray, crc32: np.ndarray, **changes: Any) -> None:
+    """A store of two views with the codes of made-up logits, as often as needed."""
+    codes = encode(synthetic_logits().flatten(0, 1), K)
+    shape = manifest(len(keys), CLASSES, K, BLOCK_ROWS).model_copy(update={"views": VIEWS, **changes})
+    store = create_store(path, shape, keys, crc32)
+    for view in range(VIEWS.count):
+        for block in range(store.blocks):
+            rows = store.rows(block)
+            store.write_block(view, block, codes[(np.arange(rows.start, rows.stop) + view) % len(codes)])
+
+
+def write_large_store(path: Path, samples: int) -> None:
+    keys = np.random.default_rng(0).integers(0, 2**64, samples, np.uint64)
+    write_labels(path, keys, np.zeros(samples, np.uint32))
+
+
+def reading_memory(path: Path) -> dict[str, float]:
+    """Peak growth of this process while one view of a store is used and the next one is read."""
+    torch.set_num_threads(1)
+    store = open_store(path)
+    rows = np.arange(store.manifest.samples)
+    codes = store.read_block(0, 0)  # the libraries are loaded, their threads started
+    decode(*codes[:BATCH].tensors(), CLASSES, 2.0)
+    joined = store.keys.nbytes + store.crc32.nbytes + rows.nbytes
+    before, started = start_peak(), time.perf_counter()
+    with LabelReader([Labels(store, rows, None, None, 1.0)]) as reader:
+        decoded = use(reader.labels(0, 1))
+        seconds = time.perf_counter() - started
+        for view, coming in ((1, 1), (1, 0), (0, 1)):
+            use(reader.labels(view, coming))
+    peak = resident("VmHWM") - before
+    return {"decoded": decoded, "joined": joined, "peak": peak, "seconds": seconds}
+
+
+def use(labels: ViewLabels | None) -> int:
+    """Take some random batches; returns the bytes of the view's codes."""
+    assert labels
+    [(part, codes)] = labels.parts
+    for batch in np.random.default_rng(0).integers(0, len(part.rows), (200, BATCH)):
+        labels.soft(batch, 2.0, CPU)
+    return codes.index.nbytes + codes.gap.nbytes + codes.tail.nbytes
+
+
+def write_training_set(folder: Path, images: int, size: int) -> None:
+    """Packed photographs and a store for them."""
+    write_photographs(folder / "images", images)
+    (folder / "classes.txt").write_text("\n".join(["all", *(f"class {number}" for number in range(1, CLASSES))]))
+    source = SourceRecipe(kind="imagefolder", path=str(folder / "images"))
+    pack(PackRecipe(source=source, classes=str(folder / "classes.txt"), output=str(folder / "train.beton")))
+    beton = open_beton(folder / "train.beton")
+    probes = make_probes(beton, VIEWS, size)
+    digest = text_digest(beton.manifest.classes)
+    write_labels(folder / "labels.zarr", beton.keys, beton.crc32, class_list_digest=digest, probes=probes)
+
+
+def time_to_first_step(folder: Path, images: int, size: int) -> tuple[float, float]:
+    """(wall, CPU) seconds from the launch until the first checkpoint, which this run writes after every update."""
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    data = {"train": folder / "train.beton", "validation": folder / "train.beton", "labels": folder / "labels.zarr"}
+    changes = dict(ON_A_CPU) | {f"data.{name}": str(path) for name, path in data.items()}
+    changes |= {"data.size": str(size), "data.workers": "1", "batch_size": str(images)}
+    changes |= {"checkpoint_minutes": "1e-9", "output": str(run)}
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--num_cpu_threads_per_process", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    command += ["trainer", "train", "--config", str(RECIPE)]
+    command += [word for name, value in changes.items() for word in (f"--{name}", value)]
+    started = time.perf_counter()
+    with open(folder / "log.txt", "w") as log:
+        process = psutil.Popen(command, start_new_session=True, stdout=log, stderr=log)
+    while not (run / LAST).exists():
+        if process.poll() is not None:
+            raise RuntimeError((folder / "log.txt").read_text())
+        time.sleep(0.01)
+    wall = time.perf_counter() - started
+    cpu = sum(sum(part.cpu_times()[:2]) for part in (process, *process.children(recursive=True)))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return wall, cpu

@@ -1,0 +1,136 @@
+"""The sides of step.py: a student with all that trains it, and the steps that it takes with and without a teacher."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import timm
+import timm.task
+import torch
+from accelerate import Accelerator
+from store import manifest, synthetic_logits
+from torch import nn
+
+from pipeline.loader import Batch
+from pipeline.recipe_file import Override, load_recipe
+from pipeline.store import create_store
+from pipeline.topk import encode, encode_template
+from trainer.labels import LabelReader, Labels, ViewLabels
+from trainer.learner import Learner, make_learner
+from trainer.losses import distillation_loss
+from trainer.recipe import TrainRecipe
+
+RECIPE = Path(__file__).parents[1] / "configs/train/ghostnetv3_100.yaml"
+ON_A_CPU: list[Override] = [("precision", "float32"), ("accumulation", "1")]
+STUDENTS: dict[str, list[Override]] = {
+    "plain": [("student.expand", "null")],
+    "expanded": [],
+    "separate": [("student.expand.branches_as", "separate")],
+}
+TEACHER, CLASSES, K, CPU = "deit_base_patch16_224", 1000, 10, torch.device("cpu")
+LABELLED = 4096  # rows of the store
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A student, its optimiser and average, and one batch, which all of its sides share."""
+
+    learner: Learner
+    batch: Batch
+    updates: Iterator[int] = field(default_factory=count)
+
+
+def make_training(student: str, images: int, size: int) -> Training:
+    recipe = load_recipe(TrainRecipe, RECIPE, [*ON_A_CPU, *STUDENTS[student], ("data.size", str(size))])
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (images, 3, size, size), np.uint8))
+    labels, rows = torch.from_numpy(rng.integers(0, CLASSES, images)), rng.integers(0, LABELLED, images)
+    batch = Batch(pixels.to(memory_format=torch.channels_last), rows, labels, None)
+    return Training(make_learner(Accelerator(cpu=True), recipe, steps=1000), batch)
+
+
+def make_teacher() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(TEACHER, num_classes=CLASSES).eval()
+
+
+def make_labels(folder: Path, with_template: bool) -> ViewLabels:
+    """A view of a store of made-up codes."""
+    logits = synthetic_logits().flatten(0, 1)[:LABELLED]
+    shape = manifest(LABELLED, CLASSES, K, LABELLED, with_template)
+    store = create_store(folder, shape, np.arange(LABELLED, dtype=np.uint64), np.zeros(LABELLED, np.uint32))
+    store.write_block(0, 0, encode(logits, K))
+    template = None
+    if with_template:
+        store.write_template(0, encode_template(logits[:, None]).numpy())
+        template = store.read_template()
+    with LabelReader([Labels(store, np.arange(LABELLED), template, None, 1.0)]) as reader:
+        labels = reader.labels(0, 0)
+    assert labels
+    return labels
+
+
+def learner_step(training: Training, labels: ViewLabels | None) -> Step:
+    """A step of the trainer, on hard labels alone when there are no others."""
+    learner, batch = training.learner, training.batch
+
+    def step() -> None:
+        update = next(training.updates)
+        learner.begin(update)
+        soft = labels.soft(batch.rows, learner.temperature(update), CPU) if labels else []
+        learner.learn(update, batch, soft)
+
+    return step
+
+
+def labels_step(training: Training, labels: ViewLabels | None) -> Step:
+    """What the labels of a step take, without the student: from a view's codes to the gradient of the logits."""
+    loss, batch = training.learner.recipe.loss, training.batch
+    logits = torch.randn(len(batch.labels), CLASSES, requires_grad=True)
+
+    def step() -> None:
+        soft = labels.soft(batch.rows, loss.temperature, CPU) if labels else []
+        settings = loss.model_dump(exclude={"final_temperature"})
+        distillation_loss(logits, batch.labels, soft, **settings).total.backward()
+
+    return step
+
+
+def online_step(training: Training, teacher: nn.Module) -> Step:
+    """The same step with timm's task, whose teacher labels the batch; pixels are normalised as timm's loader does."""
+    learner, batch = training.learner, training.batch
+    student, loss = learner.student, learner.recipe.loss
+    task = timm.task.LogitDistillationTask(
+        student.network,
+        teacher,
+        nn.CrossEntropyLoss(label_smoothing=loss.label_smoothing),
+        task_loss_weight=1 - loss.alpha,
+        temperature=loss.temperature,
+        verbose=False,
+    )
+
+    def step() -> None:
+        update = next(training.updates)
+        learner.begin(update)
+        images = (batch.images.to(student.mean.dtype) - student.mean) / student.std
+        task(images, batch.labels)["loss"].backward()
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        if learner.ema:
+            learner.ema.update(student, step=update + 1)
+
+    return step
+
+
+def labelling_step(training: Training, teacher: nn.Module) -> Step:
+    """What labels of the batch cost, once."""
+    student, batch = training.learner.student, training.batch
+
+    @torch.inference_mode()
+    def step() -> None:
+        encode(teacher((batch.images.to(student.mean.dtype) - student.mean) / student.std), K)
+
+    return step
