@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from step_processes import (
+    LAUNCHERS,
     in_fresh_process,
     reading_memory,
     time_to_first_step,
@@ -183,13 +184,16 @@ def measure_reading(path: Path, samples: int, rounds: int) -> dict[str, float]:
     return figures
 
 
-def measure_start(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure_start(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     write_training_set(folder, 4 * options.images, options.size)
-    times = [time_to_first_step(folder, options.images, options.size) for _ in range(1 + options.rounds)][1:]
-    wall, cpu = (statistics.median(values) for values in zip(*times, strict=True))
-    verdict = judged(wall < GOALS["start"], f"below {GOALS['start']:g} s")
-    print(f"start: first step done after {wall:.1f} seconds (best {min(times)[0]:.1f}), {cpu:.1f} of CPU; {verdict}")
-    return {"wall": wall, "cpu": cpu}
+    results: dict[str, dict[str, float]] = {}
+    heading("start: seconds until the first step is done and saved")
+    for launcher in LAUNCHERS:
+        times = [time_to_first_step(launcher, folder, options.images, options.size) for _ in range(1 + options.rounds)]
+        results[launcher] = medians(float, [(cpu, wall) for wall, cpu in times[1:]])
+        goal = judged(results[launcher]["wall"] < GOALS["start"], f"below {GOALS['start']:g} s")
+        row(f"{launcher} trainer train", results[launcher], goal)
+    return results
 
 
 PARTS = {"labels": measure_labels, "online": measure_online, "memory": measure_memory, "start": measure_start}

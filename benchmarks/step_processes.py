@@ -40,6 +40,14 @@ from trainer.checkpoint import LAST
 from trainer.labels import LabelReader, Labels, ViewLabels
 
 VIEWS = ViewRecipe(seed=0, count=2)
+BIN = Path(sys.executable).parent
+ONE = ["--num_processes", "1", "--num_machines", "1", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
+ONE += ["--dynamo_backend", "no", "-m"]
+LAUNCHERS = {
+    "accelerate launch -m": [str(BIN / "accelerate"), "launch", *ONE],
+    "accelerate-launch -m": [str(BIN / "accelerate-launch"), *ONE],
+    "python -m": [sys.executable, "-m"],
+}
 BATCH = 1024
 
 
@@ -129,7 +137,7 @@ def write_training_set(folder: Path, images: int, size: int) -> None:
     write_labels(folder / "labels.zarr", beton.keys, beton.crc32, class_list_digest=digest, probes=probes)
 
 
-def time_to_first_step(folder: Path, images: int, size: int) -> tuple[float, float]:
+def time_to_first_step(launcher: str, folder: Path, images: int, size: int) -> tuple[float, float]:
     """(wall, CPU) seconds from the launch until the first checkpoint, which this run writes after every update."""
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -137,9 +145,7 @@ def time_to_first_step(folder: Path, images: int, size: int) -> tuple[float, flo
     changes = dict(ON_A_CPU) | {f"data.{name}": str(path) for name, path in data.items()}
     changes |= {"data.size": str(size), "data.workers": "1", "batch_size": str(images)}
     changes |= {"checkpoint_minutes": "1e-9", "output": str(run)}
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--num_cpu_threads_per_process", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
-    command += ["trainer", "train", "--config", str(RECIPE)]
+    command = [*LAUNCHERS[launcher], "trainer", "train", "--config", str(RECIPE)]
     command += [word for name, value in changes.items() for word in (f"--{name}", value)]
     started = time.perf_counter()
     with open(folder / "log.txt", "w") as log:
