@@ -184,6 +184,11 @@ class TestOnnx:
         [opset] = [entry.version for entry in model.opset_import if not entry.domain]
         assert metadata["opset"] == opset
 
+    @pytest.mark.parametrize("file", ["model.onnx", "model.int8.onnx"])
+    def test_nothing_in_the_file_depends_on_where_it_was_written(self, folder: Path, file: str) -> None:
+        """torch.onnx puts the lines of code that each node comes from into it, with the paths of their files."""
+        assert not any(name in (folder / file).read_bytes() for name in (b"site-packages", b'.py"'))
+
     def test_a_network_that_torch_cannot_export(self, folder: Path, tmp_path: Path) -> None:
         class Branching(nn.Flatten):
             def forward(self, input: Tensor) -> Tensor:

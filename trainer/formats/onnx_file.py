@@ -19,6 +19,8 @@ def write_onnx(job: Job, path: Path) -> int:
 
     Raises DataError for a network that torch cannot export.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     try:
         program = torch.onnx.export(
             job.network,
@@ -36,6 +38,7 @@ def write_onnx(job: Job, path: Path) -> int:
             "leave the format out of --formats"
         ) from error
     assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # the code that each node comes from, with paths of this machine
     opset = program.model.opset_imports[""]
     metadata = job.metadata() | {"opset": opset}
     program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
