@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -11,20 +12,24 @@ from accelerate import Accelerator
 
 from pipeline.errors import DataError
 
+# What Accelerate's launcher sets for models that are spread over devices, and its options.
+PARTED = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+}
+REPEATED_SECONDS = 2.0
+STOPPING = "stopping after what is being done now, whose result is kept; Ctrl-C once more ends at once"
+
 
 def make_accelerator(stage: str, precision: str, **options: Any) -> Accelerator:
     """The Accelerator of this process; prints one line that says how many processes run, where and in which precision.
 
     precision: the recipe's; options: Accelerate's own. Raises DataError when the launcher asks for another precision
-    than the recipe, and when it started more processes than Accelerate knows of: each would believe that it is alone
-    and do all of the work.
+    than the recipe, for a compiler or for models in parts, and when it started more processes than Accelerate knows of:
+    each would believe that it is alone and do all of the work.
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", precision):
-        raise DataError(
-            f"{stage}: expected no --mixed_precision, because results depend on it, found {asked}; "
-            f"set `precision: {asked}` in the recipe"
-        )
+    _check_launcher(stage, precision)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **{"mixed_precision": "no", **options})
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -35,6 +40,26 @@ def make_accelerator(stage: str, precision: str, **options: Any) -> Accelerator:
     plural = "" if launched == 1 else "es"
     accelerator.print(f"{stage}: {launched} process{plural} on {accelerator.device.type}, {precision}")
     return accelerator
+
+
+def _check_launcher(stage: str, precision: str) -> None:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise DataError(
+            f"{stage}: expected no --mixed_precision, because results depend on it, found {asked}; "
+            f"set `precision: {asked}` in the recipe"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler != "no":
+        raise DataError(
+            f"{stage}: expected no --dynamo_backend, because results depend on it, found {compiler}; "
+            "set `compile: true` in the recipe"
+        )
+    for name, option in PARTED.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise DataError(
+                f"{stage}: expected a whole model on each device, found {option}; start it without, with --multi_gpu"
+            )
 
 
 class Agreement:
@@ -69,7 +94,8 @@ class Agreement:
 
 class StopSignal:
     """While the context is open, SIGINT and SIGTERM set `received` instead of ending the process, so that the work can
-    end after the current step. A second signal ends it at once."""
+    end after the current step. Ctrl-C a second time ends it at once; signals that follow each other closely are one,
+    because launchers and batch systems repeat those that a terminal has sent to all processes."""
 
     received = False
 
@@ -82,5 +108,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first = True, now
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, f"\n{signal.Signals(number).name}: {STOPPING}\n".encode())  # print is not for handlers
+        elif number == signal.SIGINT and now - self._first > REPEATED_SECONDS:
+            raise KeyboardInterrupt

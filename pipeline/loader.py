@@ -116,7 +116,7 @@ class ViewLoader:
                 end = start + len(output.pixels)
                 part = slice(start, end)
                 batch = self._batch(output, rows[part], partners[part], several)
-                copied = None if self._device.type == "cpu" else torch.Event(self._device)
+                copied = None if self._device.type == "cpu" else torch.Event(self._device, blocking=True)
                 if copied:
                     copied.record()
                 yield batch

@@ -116,6 +116,11 @@ class ZarrGroup:
                     self._arrays[name].resize(layout.shape)
             self._group.attrs[ATTRIBUTE] = sealed(manifest)
 
+    def chunks(self, name: str) -> list[tuple[int, ...]]:
+        """The positions of an array's chunks that were written."""
+        places = (file.split("/") for file in self.place.sizes(f"{name}/c"))
+        return [tuple(map(int, parts)) for parts in places if all(map(str.isdecimal, parts))]  # else half a file
+
     def chunk_file(self, name: str, *position: int) -> str:
         return "/".join([self.place.name, name, "c", *map(str, position)])
 

@@ -4,6 +4,8 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pipeline.pack import pack
 from pipeline.recipe import LabelRecipe
 from pipeline.recipe_file import load_recipe
 from trainer.checkpoint import METRICS, WEIGHTS, save_checkpoint
+from trainer.learner import Learner
 from trainer.recipe import TrainRecipe
 
 LABEL = """
@@ -120,6 +123,28 @@ def launch(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
 
 class Crash(Exception):
     """Stands for a crash."""
+
+
+@contextmanager
+def acting(update: int, act: Callable[[Learner], None], after: bool = False) -> Iterator[None]:
+    """Call `act` with the learner when it comes to an update, counted from 1 over the whole run; or after it."""
+    learn = Learner.learn
+
+    def learn_and_act(self: Learner, number: int, *rest: Any) -> Any:
+        if number + 1 == update and not after:
+            act(self)
+        losses = learn(self, number, *rest)
+        if number + 1 == update and after:
+            act(self)
+        return losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "learn", learn_and_act)
+        yield
+
+
+def crash(*_: Any) -> None:
+    raise Crash
 
 
 def train_and_crash(recipe: TrainRecipe, saves: int) -> None:

@@ -3,11 +3,11 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from small_runs import (
     TRAIN,
     Crash,
+    acting,
     assert_same,
     label_recipe,
     launch,
@@ -26,14 +27,19 @@ from small_runs import (
     weights,
     write_recipe,
 )
-from workers import finish, start, training
+from workers import STOPPED, finish, start, training
 
+import trainer.__main__
+import trainer.train
 from pipeline.label import label
-from trainer.checkpoint import BEST, CURVES, LAST, METRICS, PREVIOUS, WEIGHTS, load_checkpoint
+from pipeline.launch import STOPPING, Agreement
+from trainer.checkpoint import BEST, CURVES, LAST, LOCK, METRICS, PREVIOUS, WEIGHTS, load_checkpoint, save_checkpoint
 from trainer.data import open_training_set, share
 from trainer.evaluate import evaluate
+from trainer.learner import Learner
 from trainer.student import make_student
 from trainer.train import train
+from trainer.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # batch norm's statistics are those of a process's part of a batch: only without them two processes equal one
@@ -72,14 +78,14 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert_same(states[0]["learner"], states[1]["learner"])
 
 
-# Every update of an epoch but the last is followed by a save, and every validation: four saves an epoch.
-@pytest.mark.parametrize("saves", [2, 4, 6])
+# Every update is followed by a save, and every validation: five saves an epoch.
+@pytest.mark.parametrize("saves", [2, 4, 5, 7])
 def test_a_crash_in_or_after_an_epoch_changes_nothing(inputs: Path, run: Path, other_run: Path, saves: int) -> None:
     recipe = train_recipe(inputs, ("output", str(other_run)))
     train_and_crash(recipe, saves)
     assert not (other_run / WEIGHTS).exists()
     progress = torch.load(other_run / LAST, weights_only=True)["progress"]
-    assert (progress["epoch"], progress["step"]) == divmod(saves, 4)
+    assert (progress["epoch"], progress["step"]) == divmod(saves, 5)
     assert train(recipe)
     assert_same_run(run, other_run)
 
@@ -100,7 +106,7 @@ def test_two_updates_a_crash_and_two_more_equal_four(inputs: Path, tmp_path: Pat
 
 def test_a_run_leaves_its_folder_complete(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"recipe.yaml", "classes.txt", METRICS, CURVES, LAST, PREVIOUS, BEST, WEIGHTS}
+    assert names == {"recipe.yaml", "classes.txt", METRICS, CURVES, LAST, PREVIOUS, BEST, WEIGHTS, LOCK}
 
 
 def test_training_changes_the_student_and_lowers_the_loss(inputs: Path, run: Path) -> None:
@@ -145,26 +151,67 @@ def test_a_finished_run_is_left_alone(inputs: Path, run: Path) -> None:
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_sigterm_saves_the_epoch_half_way_and_the_run_goes_on_to_the_same_end(
-    inputs: Path, run: Path, other_run: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(
+    inputs: Path, run: Path, other_run: Path, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(inputs, "signalled", TRAIN)
-    command = [sys.executable, "-m", "trainer", "train", "--config", str(recipe), "--output", str(other_run)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as the other runs here have: sums depend on it
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
-    deadline = time.monotonic() + 120
-    while not (other_run / METRICS).exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
-    if process.returncode:  # else it was faster than the signal
-        assert process.returncode == 130, errors
-        assert "stopped; run the same command again to go on with the next batch" in out
-        assert not (other_run / WEIGHTS).exists()
-        assert train(train_recipe(inputs, ("output", str(other_run))))
-    assert_same(weights(run), weights(other_run))
+    words = ["train", "--config", str(recipe), "--output", str(other_run)]
+    with acting(6, lambda _: os.kill(os.getpid(), number)):
+        assert trainer.__main__.main(words) == 130
+    shown = capfd.readouterr()
+    assert f"{other_run}: stopped; run the same command again to go on with the next batch\n" in shown.out
+    assert shown.err.count(f"{signal.Signals(number).name}: {STOPPING}\n") == 1
+    assert saved_progress(other_run) == (1, 2)
+    assert not (other_run / WEIGHTS).exists()
+    assert trainer.__main__.main(words) == 0
+    assert_same_run(run, other_run)
+
+
+def test_a_signal_in_a_validation_lets_it_finish(inputs: Path, run: Path, other_run: Path) -> None:
+    recipe = train_recipe(inputs, ("output", str(other_run)))
+    figures, done = Validation.figures, 0
+
+    def interrupted(self: Validation, *arguments: Any, **options: Any) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        return figures(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "figures", interrupted)
+        assert not train(recipe)
+    assert (done, saved_progress(other_run)) == (1, (1, 1))
+    assert train(recipe)
+    assert_same_run(run, other_run)
+
+
+def saved_progress(run: Path) -> tuple[int, int]:
+    """(epoch, step) of the last checkpoint."""
+    progress = torch.load(run / LAST, weights_only=True)["progress"]
+    return progress["epoch"], progress["step"]
+
+
+@contextmanager
+def signalled_in_the_second_process() -> Iterator[None]:
+    """In the sixth update of the run. The first process is slow to save, and gets signals meanwhile, as launchers and
+    batch systems repeat them; the second one must not leave before."""
+    if os.environ["RANK"] == "1":
+        with acting(6, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+            yield
+        assert saved_progress(Path(os.environ["RUN"])) == (1, 3)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.train, "save_checkpoint", save_slowly)
+            yield
+
+
+def save_slowly(folder: Path, state: dict[str, Any]) -> None:
+    if state["progress"]["step"] == 3:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    save_checkpoint(folder, state)
 
 
 class TestTwoProcesses:
@@ -174,7 +221,7 @@ class TestTwoProcesses:
         assert done.returncode == 0, done.stderr
         assert "train: 2 processes on cpu" in done.stdout
         assert done.stderr.count("student.expand: convolutions with branches: ") == 1
-        assert done.stderr.count("train: 3 views for 4 epochs: each is seen 1 or 2 times") == 1
+        assert done.stderr.count("train: 3 views for 4 epochs: each is seen 1 or 2 times\n") == 1
         assert len(metrics(other_run)) == 4
         assert (other_run / WEIGHTS).exists()
 
@@ -182,17 +229,47 @@ class TestTwoProcesses:
         self, inputs: Path, other_run: Path, tmp_path: Path
     ) -> None:
         recipe = write_recipe(inputs, "stopped", TRAIN)
-        work = training(recipe, ("output", str(tmp_path / "whole")), ("schedule.epochs", "6"))
-        assert finish(start(work, 2)) == [0, 0]
-        work = training(recipe, ("output", str(other_run)), ("schedule.epochs", "6"))
-        workers = start(work, 2)
-        while not (other_run / METRICS).exists():
-            assert all(worker.is_alive() for worker in workers)
-            time.sleep(0.01)
-        workers[1].terminate()
-        assert finish(workers) == [1, 1]
+        assert finish(start(training(recipe, ("output", str(tmp_path / "whole"))), 2)) == [0, 0]
+        work = training(recipe, ("output", str(other_run)))
+        signalled = training(recipe, ("output", str(other_run)), within=signalled_in_the_second_process)
+        assert finish(start(signalled, 2, RUN=other_run)) == [STOPPED, STOPPED]
+        assert saved_progress(other_run) == (1, 3)  # the wish of one update is known after the next one
         assert finish(start(work, 2)) == [0, 0]
         assert_same_run(tmp_path / "whole", other_run)
+
+    def test_a_checkpoint_that_is_due_is_written_once(
+        self, inputs: Path, other_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a process asks for is granted one update later. A checkpoint is due after three."""
+
+        class Late(Agreement):
+            before: tuple[bool, ...] = (False, False)
+
+            def __call__(self, *wishes: bool, now: bool = False) -> list[bool]:
+                granted = [one or (now and two) for one, two in zip(self.before, wishes, strict=True)]
+                self.before = (False, False) if now else wishes
+                return granted
+
+        minutes, saved = 0.0, []
+        monkeypatch.setattr(trainer.train, "Agreement", Late)
+        monkeypatch.setattr(trainer.train.time, "monotonic", lambda: 60 * minutes)
+
+        def save(folder: Path, state: dict[str, Any]) -> None:
+            saved.append(state["progress"]["step"])
+            save_checkpoint(folder, state)
+
+        monkeypatch.setattr(trainer.train, "save_checkpoint", save)
+        learn = Learner.learn
+
+        def learn_for_a_minute(self: Learner, *arguments: Any) -> Any:
+            nonlocal minutes
+            minutes += 1
+            return learn(self, *arguments)
+
+        monkeypatch.setattr(Learner, "learn", learn_for_a_minute)
+        changes = ("schedule", "{epochs: 1}"), ("batch_size", "5"), ("checkpoint_minutes", "2.5")
+        assert train(train_recipe(inputs, *changes, ("output", str(other_run))))
+        assert saved == [4, 8, 12, 14, 0]  # before and after the validation, too
 
     def test_one_and_two_processes_learn_the_same(self, inputs: Path, tmp_path: Path) -> None:
         """Without batch norm, up to the rounding of sums; also when a run goes on with another number of processes,

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pipeline.label", "trainer.train", "workers"])
 Work = Callable[[], bool]  # whether it finished
+Context = AbstractContextManager[None]
+STOPPED = 130  # the exit status of work that a signal ended, as at the command line; 1: an exception
 
 
 def labelling(recipe: Path, store: Path, views: range | None = None) -> Work:
@@ -19,19 +22,21 @@ def labelling(recipe: Path, store: Path, views: range | None = None) -> Work:
     return partial(_label, recipe, store, views)
 
 
-def training(recipe: Path, *changes: tuple[str, str]) -> Work:
-    """Train with a recipe's file and overrides."""
-    return partial(_train, recipe, changes)
+def training(recipe: Path, *changes: tuple[str, str], within: Callable[[], Context] = nullcontext) -> Work:
+    """Train with a recipe's file and overrides, within a context of the new process."""
+    return partial(_train, recipe, changes, within)
 
 
-def start(work: Work, processes: int) -> list[ForkServerProcess]:
-    """Do some work as a launcher starts it in several processes; their output is dropped."""
+def start(work: Work, processes: int, **variables: object) -> list[ForkServerProcess]:
+    """Do some work as a launcher starts it in several processes, with more variables; their output is dropped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes} for rank in range(processes)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
-    workers = [FORKS.Process(target=_run, args=(work, address | (place if address else {}))) for place in places]
+    workers = [
+        FORKS.Process(target=_run, args=(work, address | (place if address else {}) | variables)) for place in places
+    ]
     for worker in workers:
         worker.start()
     return workers
@@ -57,7 +62,7 @@ def _run(work: Work, variables: dict[str, object]) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
     with open(os.devnull, "w") as nowhere:
         sys.stdout = sys.stderr = nowhere
-        os._exit(0 if work() else 1)
+        os._exit(0 if work() else STOPPED)
 
 
 def _label(recipe: Path, store: Path, views: range | None) -> bool:
@@ -68,7 +73,7 @@ def _label(recipe: Path, store: Path, views: range | None) -> bool:
     return label(load_recipe(LabelRecipe, recipe, [("store", str(store))]), views)
 
 
-def _train(recipe: Path, changes: tuple[tuple[str, str], ...]) -> bool:
+def _train(recipe: Path, changes: tuple[tuple[str, str], ...], within: Callable[[], Context]) -> bool:
     import torch
 
     from pipeline.recipe_file import load_recipe
@@ -76,4 +81,5 @@ def _train(recipe: Path, changes: tuple[tuple[str, str], ...]) -> bool:
     from trainer.train import train
 
     torch.set_num_threads(1)
-    return train(load_recipe(TrainRecipe, recipe, changes))
+    with within():
+        return train(load_recipe(TrainRecipe, recipe, changes))

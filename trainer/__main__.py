@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     if train(recipe):
         return 0
-    print(f"{recipe.output}: stopped; run the same command again to go on with the next batch")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{recipe.output}: stopped; run the same command again to go on with the next batch")
     return INTERRUPTED_STATUS
 
 
@@ -55,11 +57,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _latency(arguments: argparse.Namespace) -> int:
-    from trainer.formats import require
     from trainer.latency import latency, plot, save_json, table
 
-    if arguments.plot:
-        require("--plot", ("matplotlib",), "plot")
     latencies = latency(arguments.export, arguments.rounds)
     print(table(latencies))
     if arguments.json:

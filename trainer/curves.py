@@ -32,8 +32,9 @@ def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None
     panels = [(name, [(key, label) for key, label in series if key in there]) for name, series in PANELS]
     panels = [(name, series) for name, series in panels if series]
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
-    figure.suptitle(title)
+    figure = Figure(figsize=(10, 3 * rows))  # with fixed margins: a layout engine draws everything twice
+    figure.subplots_adjust(0.07, 0.5 / (3 * rows), 0.98, 1 - 0.6 / (3 * rows), wspace=0.16, hspace=0.45)
+    figure.suptitle(title, y=1 - 0.1 / (3 * rows), verticalalignment="top")
     for place, (name, series) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 2, place)
         for key, label in series:
@@ -41,6 +42,7 @@ def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) > 1 else "x")
         axes.set_title(name)
         axes.set_xlabel("epoch")
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(series) > 1:

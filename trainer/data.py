@@ -1,12 +1,14 @@
 """Which rows train, in which order, in which view, with the labels of which stores."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.beton import Beton, open_beton
 from pipeline.errors import DataError
+from pipeline.manifest import array_digest, text_digest
 from pipeline.recipe import ViewRecipe
 from pipeline.views.draws import stream_states
 from trainer.labels import Labels, open_labels
@@ -36,22 +38,38 @@ class TrainingSet:
     def view(self, epoch: int) -> int:
         return epoch % self.views.count
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run goes on, as plain data; not the order of the images in the file."""
+        rows = self.rows[np.argsort(self.beton.keys[self.rows])]
+        content = array_digest(self.beton.keys[rows], self.beton.crc32[rows], self.beton.labels[rows])
+        source = {"teachers", "ensemble", "flip_average", "top_k"}
+        return {
+            "images": len(rows),
+            "digest_of_images": f"{content:016x}",
+            "digest_of_classes": text_digest(self.beton.manifest.classes),
+            "views": self.views.model_dump(mode="json"),
+            "labels": [labels.store.manifest.model_dump(mode="json", include=source) for labels in self.stores],
+        }
+
 
 def open_training_set(recipe: TrainRecipe) -> TrainingSet:
     """Open and join what the recipe names.
 
-    Raises DataError: labels that do not fit the images, too few rows for one batch.
+    Raises DataError: labels that do not fit the images, views that are not labelled, too few rows for one batch.
     """
     beton = open_beton(recipe.data.train)
     _check_classes(recipe, beton)
     stores = open_labels(recipe, beton)
+    views = _views(recipe, stores)
+    for labels in stores:
+        labels.check_labelled(min(views.count, recipe.schedule.epochs))
     rows = np.flatnonzero(np.all([labels.rows >= 0 for labels in stores], axis=0)) if stores else np.arange(len(beton))
     if len(rows) < recipe.batch_size:
         raise DataError(
             f"{recipe.data.train}: expected at least batch_size = {recipe.batch_size} rows to train on, "
             f"found {len(rows)}; lower batch_size"
         )
-    return TrainingSet(beton, _views(recipe, stores), rows, stores)
+    return TrainingSet(beton, views, rows, stores)
 
 
 def open_validation_set(recipe: TrainRecipe) -> Beton:

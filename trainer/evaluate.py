@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -35,8 +36,9 @@ def train_accelerator(recipe: TrainRecipe, stage: str, **options: Any) -> Accele
     are Accelerate's own. Raises RecipeError for what the recipe asks of a device that it cannot do."""
     check_device(recipe)
     mixed = {"float32": "no"}.get(recipe.precision, recipe.precision)
+    accumulation = GradientAccumulationPlugin(recipe.accumulation)  # a number alone yields to the environment's
     return make_accelerator(
-        stage, recipe.precision, mixed_precision=mixed, gradient_accumulation_steps=recipe.accumulation, **options
+        stage, recipe.precision, mixed_precision=mixed, gradient_accumulation_plugin=accumulation, **options
     )
 
 
@@ -58,8 +60,8 @@ def score(
     each row. Every process takes a share of the rows, and all return the scores of all."""
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     sums, _ = _measure(accelerator, students, loader, rows[mine], targets[mine], view)
-    total: Any = accelerator.reduce(sums.float().to(accelerator.device))
-    means = (total.double().cpu() / len(rows)).tolist()
+    total: Any = accelerator.reduce(sums)
+    means = (total.cpu().double() / len(rows)).tolist()
     return {name: _scores(mean) for name, mean in zip(students, means, strict=True)}
 
 
@@ -81,8 +83,9 @@ def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
     students = {"student": student.to(accelerator.device)}
     loader, rows = validation_loader(recipe, beton, accelerator), np.arange(len(beton))
     [sums], [predictions] = _measure(accelerator, students, loader, rows, beton.labels, CENTRE)
+    means = (sums.cpu().double() / len(beton)).tolist()
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    return Evaluation(_scores((sums / len(beton)).tolist()), len(beton), parameters, predictions.tolist())
+    return Evaluation(_scores(means), len(beton), parameters, predictions.tolist())
 
 
 @torch.inference_mode()
@@ -94,16 +97,17 @@ def _measure(
     targets: NDArray[np.int64],
     view: int,
 ) -> tuple[Tensor, Tensor]:
-    """For each student the sums of what Scores are means of, float64 [S, 3], and its predictions, int64 [S, N]."""
+    """For each student the sums of what Scores are means of, float32 [S, 3], and its predictions, int64 [S, N]; both
+    on the device, which is not waited for."""
     for student in students.values():
         student.eval()
-    sums, predictions = torch.zeros(len(students), len(Scores._fields), dtype=torch.float64), []
+    sums, predictions = torch.zeros(len(students), len(Scores._fields), device=accelerator.device), []
     for batch, classes in zip(loader.render(rows, view), _parts(targets, loader.batch_size), strict=True):
-        classes = classes.to(accelerator.device)
+        classes = classes.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             logits = [student(batch.images).float() for student in students.values()]
-        sums += torch.stack([_sums(part, classes) for part in logits]).cpu()
-        predictions.append(torch.stack([part.argmax(dim=1) for part in logits]).cpu())
+        sums += torch.stack([_sums(part, classes) for part in logits])
+        predictions.append(torch.stack([part.argmax(dim=1) for part in logits]))
     return sums, torch.cat(predictions, dim=1) if predictions else torch.empty(len(students), 0, dtype=torch.int64)
 
 

@@ -24,8 +24,8 @@ class Labels:
     """A store's labels for the rows of a .beton.
 
     `rows` int64, for each row of the .beton its row in the store, -1 where it has none; `template` uint8, for each row
-    of the store its tail template, when the loss wants it; `top_k`: fewer classes than the store keeps; `weight`
-    relative to other stores.
+    of the store its tail template, where the loss spreads the tail; `top_k`: fewer classes than the store keeps;
+    `weight` relative to other stores.
     """
 
     store: Store
@@ -46,6 +46,17 @@ class Labels:
         """The codes of rows of the .beton in one view, checked. Raises DataError and FormatError."""
         return self._top(self.store.read_rows(view, self.rows[rows]))
 
+    def check_labelled(self, views: int) -> None:
+        """Raise DataError unless the first `views` views are labelled. (read_view checks their content.)"""
+        coverage = self.store.coverage()[:views]
+        if (coverage < self.store.blocks).any():
+            view = int(np.argmax(coverage < self.store.blocks))
+            fewer = f", or train on fewer views with data.views: {view}" if view else ""
+            raise DataError(
+                f"{self.store.name}: expected all {self.store.blocks} blocks labelled in each of the {views} views to "
+                f"train on, found {coverage[view]} in view {view}; finish labelling{fewer}"
+            )
+
     def _top(self, codes: Codes) -> Codes:
         return codes if self.top_k is None else codes.top(self.top_k, self.classes)
 
@@ -64,11 +75,13 @@ class ViewLabels:
 def _decode(
     labels: Labels, codes: Codes, places: NDArray[np.int64], temperature: float, device: torch.device
 ) -> Weighted:
-    parts = [part.to(device, non_blocking=True) for part in codes[places].tensors()]
-    shapes = None
+    parts = [*codes[places].tensors()]
     if labels.template is not None:
-        shapes = torch.from_numpy(labels.template[places]).to(device, non_blocking=True)
-    return labels.weight, decode(parts[0], parts[1], parts[2], labels.classes, temperature, shapes)
+        parts.append(torch.from_numpy(labels.template[places]))
+    if device.type == "cuda":
+        parts = [part.pin_memory() for part in parts]  # else the copy is not one that nobody waits for
+    index, gap, tail, *template = (part.to(device, non_blocking=True) for part in parts)
+    return labels.weight, decode(index, gap, tail, labels.classes, temperature, *template)
 
 
 class LabelReader:
@@ -138,7 +151,7 @@ def _open(recipe: TrainRecipe, beton: Beton, part: LabelsRecipe) -> Labels:
         if wanted is not None and wanted > found:
             raise DataError(f"data.{name}: expected at most {found}, as {part.store} has, found {wanted}; correct it")
     rows = _join(data, beton, store)
-    template = store.read_template() if manifest.template and recipe.loss.tail != "drop" else None
+    template = store.read_template() if manifest.template and recipe.loss.tail == "spread" else None
     return Labels(store, rows, template, data.top_k, part.weight)
 
 

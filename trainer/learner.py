@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import timm.layers
 import timm.optim
 import timm.scheduler
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from timm.models import model_parameters
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
@@ -18,7 +20,6 @@ from torch.optim import Optimizer
 
 from pipeline.errors import RecipeError
 from pipeline.loader import Batch
-from pipeline.views.draws import stream
 from trainer.losses import Losses, Weighted, distillation_loss, mixed_labels
 from trainer.recipe import TrainRecipe
 from trainer.student import Student, make_student
@@ -58,16 +59,15 @@ class Learner:
     def begin(self, update: int) -> None:
         """Make ready for an update: its learning rate, and its random numbers (dropout), different in each process."""
         self.schedule.step_update(update)
-        torch.manual_seed(int(stream(self.recipe.seed, update, self.accelerator.process_index)))
+        words = np.random.SeedSequence((self.recipe.seed, update, self.accelerator.process_index))
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
     def learn(self, update: int, batch: Batch, soft: Sequence[Weighted]) -> Losses:
         """Forward and backward on a part of the update's batch; the last of its parts changes the weights."""
         with self.accelerator.accumulate(self.model):
-            with self.accelerator.autocast():
-                logits = self.model(batch.images)
             loss = self.recipe.loss
             losses = distillation_loss(
-                logits,
+                self.model(batch.images),  # under autocast, which prepare has put into its forward
                 self._hard(batch),
                 soft,
                 alpha=loss.alpha,
@@ -93,7 +93,14 @@ class Learner:
         optimizer = self.recipe.optimizer
         if optimizer.clip_grad is not None:
             self.accelerator.unscale_gradients()
-            dispatch_clip_grad(self.model.parameters(), optimizer.clip_grad, optimizer.clip_mode)
+            adaptive = optimizer.clip_mode == "agc"  # its paper leaves out the classifier, and so does timm
+            parameters = model_parameters(self.student.network, exclude_head=adaptive)
+            dispatch_clip_grad(parameters, optimizer.clip_grad, optimizer.clip_mode)
+
+    def is_finite(self) -> bool:
+        """Whether all weights are; waits for the device."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.student.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
 
     def share_statistics(self) -> None:
         """Give all processes the first one's batch norm statistics: each has those of its own images."""
@@ -121,7 +128,7 @@ class Learner:
 def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> Learner:
     """A learner at the start of a run of so many steps an epoch. Raises RecipeError for options that the optimiser
     does not have, and what make_student raises."""
-    with accelerator.main_process_first():  # one download serves all processes
+    with accelerator.local_main_process_first():  # one download serves all processes of a machine
         student = make_student(recipe).to(accelerator.device)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         timm.layers.convert_sync_batchnorm(student)  # a Student is no norm itself: its modules are replaced in place
@@ -143,14 +150,18 @@ def _compiled(student: Student) -> Any:
 def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
     """timm's optimiser, without weight decay for norms, biases and what the network itself names (position embeddings).
 
-    Raises RecipeError for options that it does not have.
+    Raises RecipeError for options that it does not have, and for an optimiser that does not work here.
     """
     wanted, options = recipe.optimizer, dict[str, Any](recipe.optimizer.options)
     try:
         return timm.optim.create_optimizer_v2(network, wanted.name, wanted.lr, wanted.weight_decay, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(
-            f"optimizer.options: expected arguments of {wanted.name}, found {', '.join(options)}: {error}"
+            f"optimizer.options: expected arguments of {wanted.name}, found {options}: {error}; correct them"
+        ) from None
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise RecipeError(
+            f"optimizer.name: expected an optimiser that works here, found {wanted.name}: {error}; name another one"
         ) from None
 
 
@@ -159,7 +170,7 @@ def make_schedule(recipe: TrainRecipe, optimizer: Optimizer, steps: int) -> Sche
     wanted = recipe.schedule
     schedule, _ = timm.scheduler.create_scheduler_v2(
         optimizer,
-        {"linear": "poly"}.get(wanted.name, wanted.name),  # of power 1
+        {"linear": "poly", "constant": "step"}.get(wanted.name, wanted.name),  # of power 1; of no steps
         num_epochs=wanted.epochs,
         decay_epochs=wanted.decay_epochs or wanted.epochs,
         decay_rate=wanted.decay_rate or 1.0,

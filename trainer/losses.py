@@ -113,7 +113,7 @@ def _cross_entropy(logits: Tensor, hard: Tensor | None, smoothing: float) -> tup
     log_q = torch.log_softmax(logits, dim=1)
     gradient = log_q.exp()
     if hard.is_floating_point():
-        target = hard.to(log_q.dtype).lerp(log_q.new_tensor(1 / log_q.shape[1]), smoothing)
+        target = hard.to(log_q.dtype) * (1 - smoothing) + smoothing / log_q.shape[1]
         value = -(target * log_q).sum(dim=1)
         gradient -= target
     else:

@@ -15,7 +15,7 @@ from pipeline.files import write_atomically
 from trainer.recipe import TrainRecipe
 
 NOT_FINITE = "not_finite.txt"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
 
 
 def check_device(recipe: TrainRecipe) -> None:
@@ -59,14 +59,15 @@ def check_same_start(recipe: TrainRecipe, accelerator: Accelerator, update: int)
         )
 
 
-def not_finite(recipe: TrainRecipe, epoch: int, step: int, loss: float, keys: list[str], write: bool) -> DataError:
-    """The error for a loss that is not finite. `write`: this process writes the batch's keys to a file."""
+def not_finite(recipe: TrainRecipe, epoch: int, step: int, what: str, keys: list[str], write: bool) -> DataError:
+    """The error for a loss or weights that are not finite; `what`: "a finite loss, found nan". `write`: this process
+    writes the batch's keys to a file."""
     path = Path(recipe.output) / NOT_FINITE
     if write:
         write_atomically(path, "".join(f"{key}\n" for key in keys).encode())
     return DataError(
-        f"{recipe.output}: epoch {epoch + 1}, step {step + 1}: expected a finite loss, found {loss}; the keys of the "
-        f"{len(keys)} images are in {path}; lower optimizer.lr ({recipe.optimizer.lr:g}), warm up longer "
+        f"{recipe.output}: epoch {epoch + 1}, step {step + 1}: expected {what}; the keys of the {len(keys)} images are "
+        f"in {path}; under another output, lower optimizer.lr ({recipe.optimizer.lr:g}), warm up longer "
         f"(schedule.warmup_epochs {recipe.schedule.warmup_epochs}), or set optimizer.clip_grad"
         + (", or precision: bf16" if recipe.precision == "fp16" else "")
     )

@@ -18,8 +18,11 @@ from trainer.checkpoint import (
     BEST,
     CURVES,
     WEIGHTS,
+    alone,
+    check_data,
+    check_run,
     load_checkpoint,
-    open_run,
+    make_run,
     save_checkpoint,
     save_metrics,
     save_weights,
@@ -49,13 +52,19 @@ def train(recipe: TrainRecipe) -> bool:
         recipe, "train", log_with=list(recipe.watch.trackers) or None, project_config=project
     )
     check_batch(recipe, accelerator.num_processes)
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     _show_log(accelerator)
     training = open_training_set(recipe)
     _say_how_often_views_are_seen(recipe, training)
-    with accelerator.main_process_first():
-        open_run(recipe, training.beton.manifest.classes)
-    with memory_advice(recipe, accelerator.device, accelerator.num_processes):
-        return _open(accelerator, recipe, training).finish()
+    with alone(folder, accelerator), memory_advice(recipe, accelerator.device, accelerator.num_processes):
+        if accelerator.is_main_process:
+            make_run(recipe, training.beton.manifest.classes)
+        accelerator.wait_for_everyone()
+        check_run(recipe)
+        finished = _open(accelerator, recipe, training).finish()
+        accelerator.wait_for_everyone()  # launchers end the others when the first one leaves: it may still be saving
+    accelerator.state.destroy_process_group()
+    return finished
 
 
 def _show_log(accelerator: Accelerator) -> None:
@@ -79,8 +88,10 @@ def _open(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet) 
         training.beton, training.views, data.size, recipe.batch_size // parts, data.workers, accelerator.device
     )
     validation = open_validation(accelerator, recipe, training, loader)
-    progress, checkpoint = _Progress(), load_checkpoint(Path(recipe.output))
+    with accelerator.main_process_first():  # it removes what is damaged
+        progress, checkpoint = _Progress(), load_checkpoint(Path(recipe.output))
     if checkpoint:
+        check_data(Path(recipe.output), checkpoint["data"], training.identity())
         learner.load_state_dict(checkpoint["learner"])
         progress = _Progress(**checkpoint["progress"])
     return _Run(accelerator, recipe, training, learner, loader, validation, progress)
@@ -113,7 +124,7 @@ class _Run:
         self._steps, self._epochs = self.training.steps(self.recipe.batch_size), self.recipe.schedule.epochs
         self._pending: list[Tensor] = []  # losses of updates, on their device: looking at them makes it wait
         self._clock, self._epoch_clock = Clock(self.loader), Clock(self.loader)
-        self._saved = time.monotonic()
+        self._saved, self._data = time.monotonic(), self.training.identity()
         update = self.progress.epoch * self._steps + self.progress.step
         check_same_start(self.recipe, self.accelerator, update)
         self._watch = Watch(self.accelerator, self.recipe, update, self.learner.updates)
@@ -122,15 +133,15 @@ class _Run:
 
     def finish(self) -> bool:
         """Train what is left; False when a signal ended it."""
-        if self.progress.epoch < self._epochs:
+        trained = self.progress.epoch < self._epochs
+        if trained:
             with self._stop, self._reader, self._watch:
                 for epoch in range(self.progress.epoch, self._epochs):
                     if not self._train(epoch):
                         return False
                     self._validate(epoch)
-        if self._main and not (self._folder / WEIGHTS).exists():
+        if self._main and (trained or not (self._folder / WEIGHTS).exists()):
             save_weights(self._folder / WEIGHTS, self.learner.result.network)
-        self.accelerator.wait_for_everyone()
         return True
 
     def _train(self, epoch: int) -> bool:
@@ -163,34 +174,45 @@ class _Run:
         self._watch.step()
         last = self.progress.step == self._steps
         due = self._main and time.monotonic() - self._saved > 60 * self.recipe.checkpoint_minutes
+        if due:
+            self._saved = time.monotonic()  # asked for once, though it may be granted an update later
         stop, due = self._agree(self._stop.received, due, now=last)
         if stop or due or last or self.progress.step % self.recipe.watch.updates == 0:
             self._look(update)
-        if stop or (due and not last):
-            self._save()
+        if stop or (last and self._is_validated(self.progress.epoch)) or (due and not last):
+            self._save()  # before a validation, too, which takes long enough to be interrupted
         return not stop
 
     def _look(self, update: int) -> None:
         """Losses of the pending updates, as means over all processes: refused when not finite, summed, shown."""
         pending = torch.stack(self._pending)[None]
-        losses: Tensor = self.accelerator.gather(pending).double().cpu()  # pyright: ignore  # [processes, updates, 3]
-        finite = losses[..., 0].isfinite()
+        losses: Tensor = self.accelerator.gather(pending).cpu().double()  # pyright: ignore  # [processes, updates, 3]
         first = self.progress.step - len(self._pending)
         self._pending = []
-        if not finite.all():
-            number = int((~finite.all(dim=0)).nonzero()[0])
-            raise self._not_finite(first + number, losses[:, number, 0])
+        self._check_finite(first, losses[..., 0])
         for total, hard, soft in losses.mean(dim=0).tolist():
             self.progress.sums = [a + b for a, b in zip(self.progress.sums, (total, hard, soft), strict=True)]
         means = dict(zip(("loss", "hard_loss", "soft_loss"), losses.mean(dim=(0, 1)).tolist(), strict=True))
         self._watch.losses(update + 1, means | {"lr": self.learner.lr} | self._clock.read())
+        last = self.progress.step == self._steps
+        if last or self.progress.step > self.recipe.watch.updates:  # an epoch begins with some waiting
+            self._watch.waiting(self.progress.epoch, self._epoch_clock.figures()["data_wait"])
 
-    def _not_finite(self, step: int, losses: Tensor) -> Exception:
-        rank = int((~losses.isfinite()).nonzero()[0])
+    def _check_finite(self, first: int, losses: Tensor) -> None:
+        """Raise DataError for losses [processes, updates] from step `first` on, or for weights, that are not finite."""
+        bad = (~losses.isfinite()).T.nonzero()  # the earliest first
+        if len(bad):
+            number, rank = bad[0].tolist()
+            raise self._not_finite(first + number, rank, f"a finite loss, found {float(losses[rank, number])}")
+        if not self.learner.is_finite():  # since the last update: the next one's loss would not have been finite
+            what, rank = "finite weights after it, found others", self.accelerator.process_index
+            raise self._not_finite(self.progress.step - 1, rank, what)
+
+    def _not_finite(self, step: int, rank: int, what: str) -> Exception:
         order = self.training.order(self.recipe.seed, self.progress.epoch)
         rows = share(order, self.recipe.batch_size, rank, self.accelerator.num_processes)[step]
         keys = [self.training.beton.manifest.keys[row] for row in rows]
-        return not_finite(self.recipe, self.progress.epoch, step, float(losses[rank]), keys, self._main)
+        return not_finite(self.recipe, self.progress.epoch, step, what, keys, self._main)
 
     def _validate(self, epoch: int) -> None:
         """End an epoch: its metrics, a checkpoint, the weights where they are the best so far."""
@@ -200,10 +222,9 @@ class _Run:
         figures = {"epoch": epoch + 1, "view": self.training.view(epoch), "lr": self.learner.lr}
         figures |= {"temperature": self.learner.temperature(update - 1)}
         figures |= dict(zip(("loss", "hard_loss", "soft_loss"), means, strict=True))
-        figures |= self._epoch_clock.read()
-        self._watch.waiting(epoch, figures["data_wait"])
+        figures |= self._epoch_clock.figures()
         lines = [*self.progress.metrics, figures]
-        if last or (epoch + 1) % self.recipe.evaluation.epochs == 0:
+        if self._is_validated(epoch):
             found = self.validation.figures(self.learner, folded=last)
             self._watch.validated(epoch, update, found)
             self._keep_best(found)
@@ -215,6 +236,9 @@ class _Run:
         self.progress = _Progress(epoch + 1, metrics=lines, best=self.progress.best)
         self._save()  # last: after a kill before it, all of this is done again
 
+    def _is_validated(self, epoch: int) -> bool:
+        return epoch + 1 == self._epochs or (epoch + 1) % self.recipe.evaluation.epochs == 0
+
     def _keep_best(self, figures: dict[str, float]) -> None:
         top1 = figures["ema_top1" if self.recipe.ema else "top1"]
         if top1 > self.progress.best:
@@ -224,7 +248,8 @@ class _Run:
 
     def _save(self) -> None:
         if self._main:
-            save_checkpoint(self._folder, {"learner": self.learner.state_dict(), "progress": asdict(self.progress)})
+            state = {"learner": self.learner.state_dict(), "progress": asdict(self.progress)}
+            save_checkpoint(self._folder, state | {"data": self._data})
         self._saved = time.monotonic()
 
     @property

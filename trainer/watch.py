@@ -48,9 +48,11 @@ class Watch:
             mininterval=0.2 if sys.stderr.isatty() else SECONDS_WITHOUT_TERMINAL,
         )
         # of updates that are done again after a crash, TensorBoard forgets what it has seen
-        options = {"tensorboard": {"purge_step": self._update}}
-        config = _flat(self._recipe.model_dump(mode="json")) if self._update == 0 else None
-        self._accelerator.init_trackers(Path(self._recipe.output).name, config, options)
+        options = {"tensorboard": {"purge_step": self._update + 1}}
+        self._accelerator.init_trackers(Path(self._recipe.output).name, init_kwargs=options)
+        for tracker in self._accelerator.trackers:
+            if self._update == 0 or tracker.name != "tensorboard":  # it would show a run of its own for the recipe
+                tracker.store_init_configuration(_flat(self._recipe.model_dump(mode="json")))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,7 +81,7 @@ class Watch:
         self.log("validation", update, figures)
 
     def waiting(self, epoch: int, fraction: float) -> None:
-        """Say, once, when training waits for images."""
+        """Say, once, when training waits for images, from what the epoch has shown so far."""
         if fraction > LARGEST_WAIT and not self._warned:
             self._warned = True
             self.say(
@@ -96,8 +98,8 @@ class Watch:
 
 
 class Clock:
-    """How fast images of a loader went by, and the fraction of the time spent waiting for them, since it was last
-    read."""
+    """How fast images of a loader went by, and the fraction of the time spent waiting for them, since the clock was
+    last read."""
 
     def __init__(self, loader: ViewLoader) -> None:
         self._loader = loader
@@ -109,9 +111,13 @@ class Clock:
     def count(self, images: int) -> None:
         self._images += images
 
-    def read(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         seconds, waited = time.perf_counter() - self._started, self._loader.waited - self._waited
-        figures = {"images_per_second": self._images / seconds, "data_wait": waited / seconds}
+        return {"images_per_second": self._images / seconds, "data_wait": waited / seconds}
+
+    def read(self) -> dict[str, float]:
+        """The figures; the clock starts anew."""
+        figures = self.figures()
         self._start()
         return figures
 
