@@ -14,15 +14,16 @@ from workers import finish, kill, start, training
 from pipeline.label import label
 from trainer.checkpoint import BEST, LAST, WEIGHTS, load_checkpoint
 
-EPOCHS, STEPS, KILLS = 6, 4, 10
+EPOCHS, STEPS, KILLS = 4, 8, 10
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It writes a checkpoint after every update."""
+    """It writes a checkpoint after every update; most of its time passes within epochs."""
     folder = make_inputs(tmp_path_factory.mktemp("training kills"))
     assert label(label_recipe(folder))
-    text = TRAIN.replace("epochs: 4", f"epochs: {EPOCHS}") + "checkpoint_minutes: 1.0e-9\n"
+    text = TRAIN.replace("epochs: 4", f"epochs: {EPOCHS}").replace("batch_size: 16", "batch_size: 8")
+    text += "checkpoint_minutes: 1.0e-9\nevaluation: {{epochs: 2}}\n"
     return write_recipe(folder, "train", text)
 
 
@@ -37,9 +38,10 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(recipe: Path, tmp_p
     moments, places = random.Random(processes), []
     for number in range(KILLS):
         workers = start(training(recipe, ("output", str(run))), processes)
-        if number % 3:  # every third kill may come before the run has begun
+        if number % 5:  # every fifth kill may come before the run has begun
             until_saved(run, workers)
         time.sleep(moments.uniform(0, 0.3) * seconds)
+        assert all(worker.exitcode in (None, 0) for worker in workers)  # none has died by itself
         kill(workers)
         places.append(_updates(run))
         if (run / WEIGHTS).exists():  # it was done before it could be killed
@@ -47,13 +49,14 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(recipe: Path, tmp_p
             shutil.rmtree(run)
     assert finish(start(training(recipe, ("output", str(run))), processes)) == [0] * processes
     _assert_same_end(whole, run)
-    assert any(place % STEPS for place in places), f"no kill came within an epoch: {places}"
+    assert sum(place % STEPS > 0 for place in places) >= 3, f"hardly a kill came within an epoch: {places}"
 
 
 def until_saved(run: Path, workers: list[ForkServerProcess]) -> None:
     """Wait for a new checkpoint, or for the end."""
-    before = _saved(run)
+    before, deadline = _saved(run), time.monotonic() + 120
     while _saved(run) == before and all(worker.is_alive() for worker in workers):
+        assert time.monotonic() < deadline
         time.sleep(0.005)
 
 

@@ -1,6 +1,9 @@
 """The learner: its optimiser, its schedule, its temperature, its average, and what accumulation does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from small_runs import assert_same, label_recipe, make_inputs, metrics, train_an
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+import trainer.learner
 from pipeline.label import label
 from trainer.checkpoint import LAST
 from trainer.learner import Learner, make_learner, make_optimizer, make_schedule
@@ -91,12 +95,10 @@ class TestOptimizer:
         elif mode == "value":
             assert max(part.abs().max() for part in moved.values()) == pytest.approx(bound, rel=0.01)
         else:
-            weight, part = (
-                dict(before.named_parameters())["network.classifier.weight"],
-                moved["network.classifier.weight"],
-            )
-            ratios = part.norm(dim=1) / weight.detach().norm(dim=1)
-            assert float(ratios.max()) == pytest.approx(bound, rel=0.01)
+            for name, clipped in (("network.conv_stem.weight", True), ("network.classifier.weight", False)):
+                weight = before.get_parameter(name).detach()
+                ratios = moved[name].flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1)
+                assert (float(ratios.max()) == pytest.approx(bound, rel=0.01)) == clipped
 
 
 class TestSchedule:
@@ -160,6 +162,31 @@ def test_the_average_keeps_decay_of_itself_at_each_update(inputs: Path, tmp_path
     second, name = torch.load(run / LAST, weights_only=True)["learner"], "network.classifier.weight"
     expected = 0.75 * first["student"][name] + 0.25 * second["student"][name]
     torch.testing.assert_close(second["ema"][name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_recipe_says_how_often_gradients_are_accumulated(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate lets a variable of its launcher go before the number that it was given."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    changes = ("accumulation", "4"), ("schedule.epochs", "2"), ("output", str(tmp_path / "run"))
+    with counted_steps() as steps:
+        assert train(train_recipe(inputs, *changes))
+    assert len(steps) == 8
+
+
+@contextmanager
+def counted_steps() -> Iterator[list[None]]:
+    steps: list[None] = []
+
+    class Counting(torch.optim.AdamW):
+        def step(self, *arguments: Any) -> None:
+            steps.append(None)
+            super().step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.learner, "make_optimizer", lambda _, network: Counting(network.parameters()))
+        yield steps
 
 
 def test_half_precision_trains(inputs: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from small_runs import label_recipe, make_inputs, train_recipe
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from small_runs import acting, label_recipe, make_inputs, train_recipe
 from small_teachers import Evil
 
 import trainer.learner
@@ -16,7 +17,7 @@ from trainer.checkpoint import LAST
 from trainer.data import open_training_set, share
 from trainer.evaluate import evaluate
 from trainer.losses import Losses
-from trainer.safety import NOT_FINITE, check_batch, check_same_start
+from trainer.safety import NOT_FINITE, OUT_OF_MEMORY, check_batch, check_same_start, memory_advice, not_finite
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,14 +36,27 @@ REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [
         DataError,
         "{folder}/train.beton: expected 12 classes, as the student has, found 10; correct one",
     ),
-    ([("student.model", "mobilnetv2_100")], RecipeError, "student.model: no timm model is called 'mobilnetv2_100'"),
+    (
+        [("student.model", "mobilnetv2_100")],
+        RecipeError,
+        "student.model: no timm model is called 'mobilnetv2_100' (near: mobilenetv2_100, mobilevitv2_100, "
+        "mobilenetv2_140); timm.list_models() lists them",
+    ),
     (
         [("batch_size", "71")],
         DataError,
         "{folder}/train.beton: expected at least batch_size = 71 rows to train on, found 70; lower batch_size",
     ),
-    ([("data.labels", "none.zarr")], DataError, "none.zarr: expected a store"),
-    ([("data.validation", "none.beton")], DataError, "none.beton: expected a packed image file, found none"),
+    (
+        [("data.labels", "none.zarr")],
+        DataError,
+        "none.zarr: expected a store of labels, found nothing there; check the path, or label first",
+    ),
+    (
+        [("data.validation", "none.beton")],
+        DataError,
+        "none.beton: expected a packed image file, found none; make it with `python -m pipeline pack`",
+    ),
     (
         [("accumulation", "3")],
         RecipeError,
@@ -68,17 +82,24 @@ REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [
     (
         [("optimizer.options", "{momentun: 0.9}")],
         RecipeError,
-        "optimizer.options: expected arguments of adamw, found momentun: ",
+        "optimizer.options: expected arguments of adamw, found {{'momentun': 0.9}}: AdamW.__init__() got an unexpected "
+        "keyword argument 'momentun'; correct them",
+    ),
+    (
+        [("optimizer.name", "fusedadam")],
+        RecipeError,
+        "optimizer.name: expected an optimiser that works here, found fusedadam: CUDA required for APEX "
+        "optimizers; name another one",
     ),
     (
         [("watch.trackers", "[tensorbord]")],
         RecipeError,
-        "watch.trackers: expected trackers of Accelerate (",
+        f"watch.trackers: expected trackers of Accelerate ({', '.join(LOGGER_TYPE_TO_CLASS)}), found 'tensorbord'",
     ),
     (
-        [("watch.trackers", "[wandb]")],
+        [("watch.trackers", "[comet_ml]")],
         RecipeError,
-        "watch.trackers: expected wandb to be installed, found that it is not; pip install it",
+        "watch.trackers: expected comet_ml to be installed, found that it is not; pip install it",
     ),
 ]
 
@@ -89,15 +110,17 @@ def test_what_cannot_work_is_refused_and_leaves_no_checkpoint(
 ) -> None:
     with pytest.raises(error) as found:
         train(train_recipe(inputs, *changes, ("output", str(tmp_path / "run"))))
-    assert str(found.value).startswith(message.format(folder=inputs))
+    assert str(found.value) == message.format(folder=inputs)
     assert not (tmp_path / "run" / LAST).exists()
 
 
 def test_the_batch_is_divided_among_processes_and_accumulation(inputs: Path) -> None:
     check_batch(train_recipe(inputs, ("accumulation", "2")), 4)
-    with pytest.raises(
-        RecipeError, match=r"expected a multiple of 6, the number of processes \(3\) times accumulation"
-    ):
+    message = (
+        r"^batch_size: expected a multiple of 6, the number of processes \(3\) times accumulation \(2\), found 16; "
+        r"correct one$"
+    )
+    with pytest.raises(RecipeError, match=message):
         check_batch(train_recipe(inputs, ("accumulation", "2")), 3)
 
 
@@ -128,6 +151,40 @@ def test_the_launchers_precision_must_be_the_recipes(inputs: Path, monkeypatch: 
         train(train_recipe(inputs))
 
 
+LAUNCHERS = [
+    (
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        "train: expected no --dynamo_backend, because results depend on it, found inductor; set `compile: true` in the "
+        "recipe",
+    ),
+    (
+        {"ACCELERATE_USE_FSDP": "true"},
+        "train: expected a whole model on each device, found --use_fsdp; start it without, with --multi_gpu",
+    ),
+    (
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "train: expected a whole model on each device, found --use_deepspeed; start it without, with --multi_gpu",
+    ),
+    (
+        {"WORLD_SIZE": "2"},
+        "train: expected 2 processes, as the launcher says, found 1; start them with `accelerate launch --multi_gpu "
+        "--num_processes N` or `torchrun --nproc_per_node N`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), LAUNCHERS)
+def test_a_launcher_that_asks_for_something_else_is_refused(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    Accelerator(cpu=True)  # as one process, whatever WORLD_SIZE says
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DataError) as found:
+        train(train_recipe(inputs))
+    assert str(found.value) == message
+
+
 class TestNotFinite:
     @pytest.fixture
     def nan_in_update_six(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +205,8 @@ class TestNotFinite:
         recipe = train_recipe(inputs, ("output", str(tmp_path / "run")), ("watch.updates", "100"))
         message = (
             rf"^{tmp_path}/run: epoch 2, step 3: expected a finite loss, found nan; the keys of the 16 images are in "
-            rf"{tmp_path}/run/{NOT_FINITE}; lower optimizer.lr \(0.001\), warm up longer \(schedule.warmup_epochs 1\), "
-            r"or set optimizer.clip_grad$"
+            rf"{tmp_path}/run/{NOT_FINITE}; under another output, lower optimizer.lr \(0.001\), warm up longer "
+            r"\(schedule.warmup_epochs 1\), or set optimizer.clip_grad$"
         )
         with pytest.raises(DataError, match=message):
             train(recipe)
@@ -158,6 +215,29 @@ class TestNotFinite:
         keys = (tmp_path / "run" / NOT_FINITE).read_text().splitlines()
         assert keys == [training.beton.manifest.keys[row] for row in rows]
 
+    @pytest.mark.parametrize("updates", ["100", "1"])
+    def test_weights_that_are_not_finite_are_never_saved(self, inputs: Path, tmp_path: Path, updates: str) -> None:
+        """An update whose loss is finite may break them: the loss of the next one shows it, or a look before a save."""
+        changes = ("output", str(tmp_path / "run")), ("watch.updates", updates), ("checkpoint_minutes", "1e-9")
+
+        def break_weights(learner: trainer.learner.Learner) -> None:
+            with torch.no_grad():
+                next(learner.student.parameters())[0] = torch.inf
+
+        message = (
+            rf"^{tmp_path}/run: epoch 2, step 3: expected finite weights after it, found others; the keys of the 16 "
+            rf"images are in {tmp_path}/run/{NOT_FINITE}; under another output, lower optimizer.lr "
+        )
+        with acting(7, break_weights, after=True), pytest.raises(DataError, match=message):
+            train(train_recipe(inputs, *changes))
+        state = torch.load(tmp_path / "run" / LAST, weights_only=True)
+        assert (state["progress"]["epoch"], state["progress"]["step"]) == (1, 2)
+        assert all(tensor.isfinite().all() for tensor in state["learner"]["student"].values())
+
+    def test_what_half_precision_may_try(self, inputs: Path) -> None:
+        error = not_finite(train_recipe(inputs, ("precision", "fp16")), 0, 0, "a finite loss, found inf", [], False)
+        assert str(error).endswith(", or set optimizer.clip_grad, or precision: bf16")
+
     def test_nothing_that_follows_it_is_kept(self, inputs: Path, tmp_path: Path, nan_in_update_six: None) -> None:
         recipe = train_recipe(inputs, ("output", str(tmp_path / "run")), ("checkpoint_minutes", "1e-9"))
         with pytest.raises(DataError, match="epoch 2, step 3: expected a finite loss"):
@@ -165,6 +245,17 @@ class TestNotFinite:
         progress = torch.load(tmp_path / "run" / LAST, weights_only=True)["progress"]
         assert (progress["epoch"], progress["step"]) == (1, 2)
         assert np.isfinite(progress["sums"]).all()
+
+
+@pytest.mark.parametrize("text", OUT_OF_MEMORY)
+def test_half_precision_is_no_advice_for_those_who_have_it(inputs: Path, text: str) -> None:
+    recipe = train_recipe(inputs, ("precision", "bf16"))
+    with pytest.raises(DataError) as found, memory_advice(recipe, torch.device("cuda"), 2):
+        raise RuntimeError(f"CUDA error: {text}")
+    assert str(found.value) == (
+        f"{inputs}/run: expected room for 8 images of 32 pixels at once, found the memory of cuda full; raise "
+        "accumulation (1), which leaves the global batches as they are, or lower batch_size (16)"
+    )
 
 
 @pytest.mark.parametrize("fails", ["gpu", "cpu"])

@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipeline.label", "trainer.train", "workers"])
+FORKS.set_forkserver_preload(["pipeline.label", "trainer.train", "matplotlib.figure", "workers"])
 Work = Callable[[], bool]  # whether it finished
 Context = AbstractContextManager[None]
 STOPPED = 130  # the exit status of work that a signal ended, as at the command line; 1: an exception
