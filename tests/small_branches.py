@@ -76,7 +76,8 @@ def errors(found: Results, expected: Results, of_layer: bool = False) -> dict[st
     Gradients of parameters relative to a hundredth of the layer's largest where they are smaller, `of_layer` to the
     layer's largest. For some are 0 or nearly, as differences of larger numbers: those of a bias before a batch norm, of
     a weight that only scales what the batch norm scales back, as does the one weight of a channel's 1 x 1 branch, and
-    in images of a few pixels of weights that see little but padding.
+    in images of a few pixels of weights that see little but padding. `of_layer` takes the input's gradient, too,
+    relative to the output's where it is smaller: two pixels are -1 and 1 after a batch norm, whatever they were before.
     """
     assert found.keys() == expected.keys()
     largest = max(value.abs().max().item() for name, value in expected.items() if _is_of_parameter(name))
@@ -88,6 +89,8 @@ def errors(found: Results, expected: Results, of_layer: bool = False) -> dict[st
             assert torch.equal(found[name], value), name
             continue
         least = largest * (1.0 if of_layer else 0.01) if _is_of_parameter(name) else 1e-30
+        if of_layer and name == "d x":
+            least = expected["d y"].abs().max().item()
         scale = max(value.abs().max().item(), least)
         result[name] = (found[name].double() - value.double()).abs().max().item() / scale
     return result
