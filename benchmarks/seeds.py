@@ -1,9 +1,9 @@
 """Top-1 of the demo's student over several seeds: on hard labels, on soft labels, and on soft labels with branches.
 
 All have the demo's budget, optimiser, views and data, which `make demo` makes first; the seed decides the initial
-weights and the order of the images. A run is a process of its own with one thread, `--jobs` of them at a time; a run
-that has finished is not repeated, one that was interrupted goes on. Top-1 is that of the averaged weights at the end,
-folded where there are branches. `--json PATH` writes the figures.
+weights and the order of the images. A run is a process of its own with one thread, in a temporary folder, `--jobs` of
+them at a time. Top-1 is that of the averaged weights at the end, folded where there are branches. `--json PATH` writes
+the figures.
 """
 
 import argparse
@@ -12,53 +12,50 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.files import write_atomically
 from trainer.checkpoint import METRICS
 
-DATA, RUNS, CONFIGS = Path("data/demo"), Path("runs/seeds"), Path("configs/demo")
+DATA, CONFIGS = Path("data/demo"), Path("configs/demo")
 PLAIN = ("--student.expand", "null")
 KINDS = {
-    "hard labels": ("hard", "student_hard", PLAIN),
-    "soft labels": ("soft", "student_soft", PLAIN),
-    "soft labels, expanded": ("soft_expanded", "student_soft", ()),
+    "hard labels": ("student_hard", PLAIN),
+    "soft labels": ("student_soft", PLAIN),
+    "soft labels, expanded": ("student_soft", ()),
 }
 
 
 class Result(NamedTuple):
-    """top1 in percent; CPU seconds of the launch that finished the run."""
+    """top1 in percent; CPU seconds of the run."""
 
     top1: float
     cpu: float
 
 
 def train(kind: str, seed: int) -> Result:
-    name, recipe, changes = KINDS[kind]
-    run, timed = RUNS / f"{name}_{seed}", RUNS / f"{name}_{seed}.json"
-    if not timed.exists():
+    recipe, changes = KINDS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
         command = [sys.executable, "-m", "trainer", "train", "--config", str(CONFIGS / f"{recipe}.yaml"), *changes]
-        command += ["--seed", str(seed), "--output", str(run)]
-        write_atomically(timed, json.dumps(cpu_seconds(command, run)).encode())
-    last = json.loads((run / METRICS).read_text().splitlines()[-1])
-    result = Result(last.get("folded_top1", last["ema_top1"]), json.loads(timed.read_text()))
+        cpu = cpu_seconds([*command, "--seed", str(seed), "--output", str(run)], Path(folder) / "log.txt")
+        last = json.loads((run / METRICS).read_text().splitlines()[-1])
+    result = Result(last.get("folded_top1", last["ema_top1"]), cpu)
     print(f"{kind}, seed {seed}: top-1 {result.top1:.2f} %", file=sys.stderr, flush=True)
     return result
 
 
-def cpu_seconds(command: Sequence[str], run: Path) -> float:
-    """Run a command that logs beside its run; returns its CPU seconds. Raises RuntimeError when it fails."""
-    log = run.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+def cpu_seconds(command: Sequence[str], log: Path) -> float:
+    """CPU seconds of a command. Raises RuntimeError, with what it printed, when it fails."""
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{run}: expected a finished run, found exit status {process.returncode}; see {log}")
+        raise RuntimeError(f"exit status {process.returncode}:\n{log.read_text()}")
     return usage.ru_utime + usage.ru_stime
 
 

@@ -35,8 +35,7 @@ from pipeline.pack import pack
 from pipeline.probes import make_probes
 from pipeline.recipe import PackRecipe, SourceRecipe, ViewRecipe
 from pipeline.store import create_store, open_store
-from pipeline.topk import decode, encode
-from trainer.checkpoint import LAST
+from pipeline.topk import decode, encode, encode_template
 from trainer.labels import LabelReader, Labels, ViewLabels
 
 VIEWS = ViewRecipe(seed=0, count=2)
@@ -74,23 +73,25 @@ def training_memory(folder: Path, student: str, online: bool, images: int, size:
     before = start_peak()
     training = make_training(student, images, size)
     if online:
-        step = online_step(training, make_teacher())
+        step = online_step(training, make_teacher(size))
     else:
-        step = learner_step(training, make_labels(folder / f"{student}.zarr", with_template=False))
+        step = learner_step(training, make_labels(folder / f"{student}.zarr", with_template=True))
     step()
     step()
     return resident("VmHWM") - before
 
 
 def write_labels(path: Path, keys: np.ndarray, crc32: np.ndarray, **changes: Any) -> None:
-    """A store of two views with the codes of made-up logits, as often as needed."""
-    codes = encode(synthetic_logits().flatten(0, 1), K)
-    shape = manifest(len(keys), CLASSES, K, BLOCK_ROWS).model_copy(update={"views": VIEWS, **changes})
+    """A store of two views and a template, with the codes of made-up logits, as often as needed."""
+    logits = synthetic_logits().flatten(0, 1)
+    codes, template = encode(logits, K), encode_template(logits[:, None]).numpy()
+    shape = manifest(len(keys), CLASSES, K, BLOCK_ROWS, template=True).model_copy(update={"views": VIEWS, **changes})
     store = create_store(path, shape, keys, crc32)
-    for view in range(VIEWS.count):
-        for block in range(store.blocks):
-            rows = store.rows(block)
-            store.write_block(view, block, codes[(np.arange(rows.start, rows.stop) + view) % len(codes)])
+    for block in range(store.blocks):
+        rows = np.arange(store.rows(block).start, store.rows(block).stop)
+        store.write_template(block, template[rows % len(template)])
+        for view in range(VIEWS.count):
+            store.write_block(view, block, codes[(rows + view) % len(codes)])
 
 
 def write_large_store(path: Path, samples: int) -> None:
@@ -98,22 +99,25 @@ def write_large_store(path: Path, samples: int) -> None:
     write_labels(path, keys, np.zeros(samples, np.uint32))
 
 
-def reading_memory(path: Path) -> dict[str, float]:
-    """Peak growth of this process while one view of a store is used and the next one is read."""
+def reading_memory(path: Path, with_template: bool) -> dict[str, float]:
+    """Peak growth of this process while one view of a store is used and the next one is read, beside the tail template
+    where the labels are used with it."""
     torch.set_num_threads(1)
     store = open_store(path)
     rows = np.arange(store.manifest.samples)
     codes = store.read_block(0, 0)  # the libraries are loaded, their threads started
     decode(*codes[:BATCH].tensors(), CLASSES, 2.0)
     joined = store.keys.nbytes + store.crc32.nbytes + rows.nbytes
-    before, started = start_peak(), time.perf_counter()
-    with LabelReader([Labels(store, rows, None, None, 1.0)]) as reader:
+    before = start_peak()
+    template = store.read_template() if with_template else None
+    held, started = resident("VmRSS") - before, time.perf_counter()
+    with LabelReader([Labels(store, rows, template, None, 1.0)]) as reader:
         decoded = use(reader.labels(0, 1))
         seconds = time.perf_counter() - started
         for view, coming in ((1, 1), (1, 0), (0, 1)):
             use(reader.labels(view, coming))
     peak = resident("VmHWM") - before
-    return {"decoded": decoded, "joined": joined, "peak": peak, "seconds": seconds}
+    return {"decoded": decoded, "joined": joined, "template": held, "peak": peak, "seconds": seconds}
 
 
 def use(labels: ViewLabels | None) -> int:
@@ -138,21 +142,23 @@ def write_training_set(folder: Path, images: int, size: int) -> None:
 
 
 def time_to_first_step(launcher: str, folder: Path, images: int, size: int) -> tuple[float, float]:
-    """(wall, CPU) seconds from the launch until the first checkpoint, which this run writes after every update."""
+    """(wall, CPU) seconds from the launch until the live line shows the loss of the first step. One thread, whatever
+    the launcher's own default."""
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     data = {"train": folder / "train.beton", "validation": folder / "train.beton", "labels": folder / "labels.zarr"}
     changes = dict(ON_A_CPU) | {f"data.{name}": str(path) for name, path in data.items()}
     changes |= {"data.size": str(size), "data.workers": "1", "batch_size": str(images)}
-    changes |= {"checkpoint_minutes": "1e-9", "output": str(run)}
+    changes |= {"watch.updates": "1", "output": str(run)}
     command = [*LAUNCHERS[launcher], "trainer", "train", "--config", str(RECIPE)]
     command += [word for name, value in changes.items() for word in (f"--{name}", value)]
-    started = time.perf_counter()
-    with open(folder / "log.txt", "w") as log:
-        process = psutil.Popen(command, start_new_session=True, stdout=log, stderr=log)
-    while not (run / LAST).exists():
+    started, shown = time.perf_counter(), folder / "log.txt"
+    with shown.open("w") as log:
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = psutil.Popen(command, start_new_session=True, stdout=log, stderr=log, env=one_thread)
+    while "loss=" not in shown.read_text():
         if process.poll() is not None:
-            raise RuntimeError((folder / "log.txt").read_text())
+            raise RuntimeError(shown.read_text())
         time.sleep(0.01)
     wall = time.perf_counter() - started
     cpu = sum(sum(part.cpu_times()[:2]) for part in (process, *process.children(recursive=True)))

@@ -52,9 +52,9 @@ def make_training(student: str, images: int, size: int) -> Training:
     return Training(make_learner(Accelerator(cpu=True), recipe, steps=1000), batch)
 
 
-def make_teacher() -> nn.Module:
+def make_teacher(size: int) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(TEACHER, num_classes=CLASSES).eval()
+    return timm.create_model(TEACHER, num_classes=CLASSES, img_size=size).eval()
 
 
 def make_labels(folder: Path, with_template: bool) -> ViewLabels:
@@ -121,6 +121,17 @@ def online_step(training: Training, teacher: nn.Module) -> Step:
         learner.optimizer.zero_grad()
         if learner.ema:
             learner.ema.update(student, step=update + 1)
+
+    return step
+
+
+def passes_step(training: Training) -> Step:
+    """The student's forward and backward pass alone, without soft labels, optimiser and average."""
+    learner, batch = training.learner, training.batch
+
+    def step() -> None:
+        nn.functional.cross_entropy(learner.model(batch.images), batch.labels).backward()
+        learner.optimizer.zero_grad()
 
     return step
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
+from pipeline.cli import INTERRUPTED_STATUS, add_verb, heavy_imports, run
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import LabelRecipe, PackRecipe
 from pipeline.recipe_file import load_recipe
@@ -28,8 +28,9 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from pipeline.label import estimate, label
-    from pipeline.store import open_store
+    with heavy_imports():
+        from pipeline.label import estimate, label
+        from pipeline.store import open_store
 
     recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
     if arguments.estimate:

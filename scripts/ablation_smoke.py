@@ -27,6 +27,7 @@ from PIL import Image
 
 import pipeline.__main__
 import trainer.__main__
+from trainer.checkpoint import LAST
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MAINS = {"pipeline": pipeline.__main__.main, "trainer": trainer.__main__.main}
@@ -78,13 +79,18 @@ def make_inputs() -> None:
 
 
 def run(row: Row) -> bool:
-    """Whether all commands of a row succeed; what they print is shown when one does not."""
+    """Whether all commands of a row succeed, with two updates; what they print is shown when one does not."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         succeeded = all(_succeeds(words) for words in row.commands)
     if not succeeded:
         print(printed.getvalue())
-    return succeeded
+        return False
+    checkpoint = torch.load(f"runs/ablation/{row.name}/{LAST}", weights_only=True)
+    updates = int(checkpoint["learner"]["optimizer"]["param_groups"][0]["step"])  # as LAMB counts
+    if updates != 2:
+        print(f"expected two updates, found {updates}")
+    return updates == 2
 
 
 def _succeeds(words: list[str]) -> bool:

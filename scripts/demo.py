@@ -61,14 +61,14 @@ def stages() -> list[Stage]:
     pack, label, train = (*PYTHON, "pipeline", "pack"), (*LAUNCH, "pipeline", "label"), (*LAUNCH, "trainer", "train")
     weights = {name: RUNS / name / "model.safetensors" for name in ("teacher", "student_hard", "student_soft")}
     return [
-        verb("pack train", pack, "pack_train", DATA / "train.manifest.json", 10),
-        verb("pack validation", pack, "pack_validation", DATA / "validation.manifest.json", 10),
-        verb("train teacher", train, "teacher", weights["teacher"], 110),
+        verb("pack train", pack, "pack_train", DATA / "train.manifest.json", 5),
+        verb("pack validation", pack, "pack_validation", DATA / "validation.manifest.json", 5),
+        verb("train teacher", train, "teacher", weights["teacher"], 320),
         export("teacher", "teacher"),
         evaluation("teacher", "teacher", EXPORT / "teacher"),
-        verb("label", label, "label", DATA / "labels.zarr", 25),
-        verb("train student, hard labels", train, "student_hard", weights["student_hard"], 110),
-        verb("train student, soft labels", train, "student_soft", weights["student_soft"], 110),
+        verb("label", label, "label", DATA / "labels.zarr", 40),
+        verb("train student, hard labels", train, "student_hard", weights["student_hard"], 120),
+        verb("train student, soft labels", train, "student_soft", weights["student_soft"], 140),
         evaluation("student_hard", "student_hard", weights["student_hard"]),
         evaluation("student_soft", "student_soft", weights["student_soft"]),
         export("student", "student_soft"),

@@ -1,10 +1,14 @@
-"""The recipes of configs/: every student trains, the study's table is a table of runs, labels fit together."""
+"""The recipes of configs/: every student trains, the study's table is a table of runs, labels fit together, and a
+teacher for other classes teaches."""
 
+import re
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small_packs import recipe_for
 from small_runs import write_digits, write_teacher
 
@@ -14,10 +18,12 @@ from pipeline.pack import pack
 from pipeline.recipe import LabelRecipe
 from pipeline.recipe_file import load_recipe
 from teachers import PUBLISHED
+from trainer.checkpoint import LAST, WEIGHTS
 from trainer.recipe import TrainRecipe
 from trainer.train import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+SCRIPT = runpy.run_path(str(CONFIGS.parent / "scripts/ablation_smoke.py"))
 LABEL = {path.stem: path for path in sorted((CONFIGS / "label").glob("*.yaml"))}
 TRAIN = {path.stem: path for path in sorted((CONFIGS / "train").glob("*.yaml"))}
 FULL = [name for name in TRAIN if "epochs" not in name and name != "teacher_own_classes"]
@@ -35,6 +41,16 @@ SMALL_TEACHER = (
     "--data.size 224 --student.pretrained false --data.train data/imagenet_train.beton"
     " --data.validation data/imagenet_validation.beton"
 )
+# What its comment says of few classes, and small networks.
+SMALL_OWN = {
+    "pack": "",
+    "train": "--student.num_classes 4 --data.size 32 --data.workers 1 --batch_size 8 --accumulation 1"
+    " --student.model test_efficientnet --student.pretrained false --schedule.epochs 2 --schedule.warmup_epochs 1"
+    " --watch.trackers [] --precision float32",
+    "export": "",
+    "label": "--classes 4 --top_k 4 --template null --min_top1 null --views.count 2 --teachers.0.size 32 --workers 1"
+    " --precision float32",
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +70,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_teacher(folder / "teacher")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        label(load_recipe(LabelRecipe, LABEL["imagenet_beitv2"], overrides(SMALL_LABELS.split())))
+        assert label(load_recipe(LabelRecipe, LABEL["imagenet_beitv2"], overrides(SMALL_LABELS.split())))
     return folder
+
+
+def updates(run: Path) -> int:
+    """How many updates the optimiser of a finished run has counted; LAMB for all weights, AdamW for each."""
+    optimizer = torch.load(run / LAST, weights_only=True, mmap=True)["learner"]["optimizer"]
+    parts = [*optimizer["param_groups"], *optimizer["state"].values()]
+    [count] = {int(part["step"]) for part in parts if "step" in part}
+    return count
 
 
 @pytest.mark.parametrize("name", TRAIN)
@@ -64,8 +88,25 @@ def test_every_student_trains_two_steps(folder: Path, monkeypatch: pytest.Monkey
     changes = f"{SMALL} {SMALL_TEACHER if name == 'teacher_own_classes' else ''}"
     recipe = load_recipe(TrainRecipe, TRAIN[name], overrides(changes.split()))
     assert train(recipe)
-    assert (Path(recipe.output) / "model.safetensors").exists()
+    assert (Path(recipe.output) / WEIGHTS).exists()
+    assert updates(Path(recipe.output)) == 2
     shutil.rmtree(recipe.output)  # a teacher takes gigabytes
+
+
+def test_a_teacher_for_other_classes_labels_for_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands in its recipe's comment, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(CONFIGS)
+    for split, first in (("train", 0), ("val", 5)):
+        write_digits(Path("data/own") / split, 5, first)
+        for digit in range(4, 10):
+            shutil.rmtree(f"data/own/{split}/{digit}")
+    lines = re.findall(r"^#   (.*)$", TRAIN["teacher_own_classes"].read_text(), re.MULTILINE)
+    for command in "\n".join(lines).replace("\\\n", "").splitlines():
+        words = shlex.split(command)
+        package, verb, *rest = words[words.index("-m") + 1 :]
+        assert SCRIPT["MAINS"][package]([verb, *rest, *SMALL_OWN[verb].split()]) == 0
+    assert updates(Path("runs/teacher_own_classes")) == updates(Path("runs/own_student")) == 4
 
 
 def test_train_recipes_say_half_precision_and_have_an_output_each() -> None:
@@ -94,21 +135,18 @@ def test_label_recipes_have_the_same_views_and_published_teachers() -> None:
         assert {teacher.model for teacher in recipe.teachers} <= set(PUBLISHED)
 
 
-def table_rows():
-    script = runpy.run_path(str(CONFIGS.parent / "scripts/ablation_smoke.py"))
-    return script["table_rows"]((CONFIGS / "README.md").read_text())
-
-
 def test_every_row_of_the_study_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
-    rows = table_rows()
+    rows = SCRIPT["table_rows"]((CONFIGS / "README.md").read_text())
     assert len(rows) > 30
     labelled, seen = set(), []
     for row in rows:
         *labelling, (package, verb, _, config, *words) = row.commands
         for label_package, label_verb, _, label_config, *label_words in labelling:
             assert (label_package, label_verb) == ("pipeline", "label")
-            labelled.add(load_recipe(LabelRecipe, label_config, overrides(label_words)).store)
+            labels = load_recipe(LabelRecipe, label_config, overrides(label_words))
+            assert {teacher.model for teacher in labels.teachers} <= set(PUBLISHED)
+            labelled.add(labels.store)
         assert (package, verb) == ("trainer", "train")
         recipe = load_recipe(TrainRecipe, config, overrides(words))
         assert recipe.output == f"runs/ablation/{row.name}"

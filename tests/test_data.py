@@ -1,17 +1,18 @@
 """A store may be used in part: its first views, its most probable classes, its template where the loss wants it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_runs import label_recipe, make_inputs, train_recipe
+from small_runs import label_recipe, make_inputs, pack_folder, train_recipe, write_digits
 
 from pipeline.errors import DataError
 from pipeline.label import label
 from pipeline.store import open_store
 from pipeline.topk import decode
-from trainer.data import open_training_set
+from trainer.data import open_training_set, open_validation_set
 from trainer.labels import LabelReader, ViewLabels
 from trainer.train import train
 
@@ -49,20 +50,38 @@ def test_fewer_classes(inputs: Path) -> None:
     assert store.template is None
 
 
-@pytest.mark.parametrize("tail", ["spread", "lump"])
-def test_soft_labels_lie_along_the_template(inputs: Path, tail: str) -> None:
+@pytest.mark.parametrize("tail", ["spread", "lump", "drop"])
+def test_soft_labels_lie_along_the_template_where_the_tail_is_spread(inputs: Path, tail: str) -> None:
+    """The other losses do not look into the tail: along a template they would have a teacher of all classes for
+    nothing."""
     labels = view_labels(inputs, 2, ("loss.tail", tail))
     store = open_store(inputs / "labels.zarr")
     rows = np.array([60, 3, 17])
     [(_, found)] = labels.soft(rows, 2.0, CPU)
-    expected = decode(*store.read_rows(2, rows).tensors(), 10, 2.0, torch.from_numpy(store.read_template()[rows]))
+    template = [torch.from_numpy(store.read_template()[rows])] if tail == "spread" else []
+    expected = decode(*store.read_rows(2, rows).tensors(), 10, 2.0, *template)
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=0, atol=0)
+    [(part, _)] = labels.parts
+    assert (part.template is None) == (not template)
 
 
-@pytest.mark.parametrize(("key", "value", "has"), [("views", "4", 3), ("top_k", "4", 3)])
-def test_more_than_the_store_has(inputs: Path, key: str, value: str, has: int) -> None:
-    with pytest.raises(DataError, match=rf"data.{key}: expected at most {has}, as .*labels.zarr has, found {value}"):
-        open_training_set(train_recipe(inputs, (f"data.{key}", value)))
+@pytest.mark.parametrize("key", ["views", "top_k"])
+def test_more_than_the_store_has(inputs: Path, key: str) -> None:
+    with pytest.raises(DataError) as error:
+        open_training_set(train_recipe(inputs, (f"data.{key}", "4")))
+    assert str(error.value) == f"data.{key}: expected at most 3, as {inputs}/labels.zarr has, found 4; correct it"
+
+
+def test_both_sets_have_as_many_classes_as_the_student(inputs: Path) -> None:
+    write_digits(inputs / "three", 2)
+    for digit in range(3, 10):
+        shutil.rmtree(inputs / "three" / str(digit))
+    pack_folder(inputs / "three", inputs / "three.beton")
+    for name, open_set in (("train", open_training_set), ("validation", open_validation_set)):
+        with pytest.raises(DataError) as error:
+            open_set(train_recipe(inputs, (f"data.{name}", f"{inputs}/three.beton")))
+        message = f"{inputs}/three.beton: expected 10 classes, as the student has, found 3; correct one"
+        assert str(error.value) == message
 
 
 def test_a_student_trains_along_the_template(inputs: Path) -> None:

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import INTERRUPTED_STATUS, add_verb, run
+from pipeline.cli import INTERRUPTED_STATUS, add_verb, heavy_imports, run
 from pipeline.files import write_atomically
 from pipeline.recipe_file import load_recipe
-from trainer.recipe import TrainRecipe
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from trainer.train import train
+    with heavy_imports():
+        from trainer.recipe import TrainRecipe
+        from trainer.train import train
 
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     if train(recipe):
@@ -25,7 +26,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from trainer.evaluate import evaluate
+    with heavy_imports():
+        from trainer.evaluate import evaluate
+        from trainer.recipe import TrainRecipe
 
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     result = evaluate(recipe, arguments.weights)
@@ -41,7 +44,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from trainer.export import export
+    with heavy_imports():
+        from trainer.export import export
 
     exported = export(arguments.run_folder, arguments.out, arguments.formats, arguments.best)
     print(
