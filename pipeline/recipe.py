@@ -201,7 +201,7 @@ class LabelRecipe(Model):
     @model_validator(mode="after")
     def _top_k_fits(self) -> "LabelRecipe":
         if self.top_k > self.classes:
-            raise ValueError(f"top_k must be at most classes = {self.classes} (got {self.top_k})")
+            raise ValueError(f"top_k: expected at most classes = {self.classes} (got {self.top_k})")
         return self
 
     @model_validator(mode="after")

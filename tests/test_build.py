@@ -1,6 +1,7 @@
 """Students by their names: stock models, their starts, and clear words for what cannot be built."""
 
 import functools
+import re
 import socket
 from typing import Any
 
@@ -44,34 +45,57 @@ def test_build_student(offline, library, name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("library", "model", "near"),
     [
-        (("mobilnetv2_100", 10), r"student\.model: no timm model is called 'mobilnetv2_100' \(near: mobilenetv2_100, "),
-        (("resnet18.a1_in2k", 10), r"no timm model is called 'resnet18.a1_in2k' \(near: resnet18.a1_in1k, "),
-        (("hf-hub:timm/resnet18.a1_in1k", 10), "no timm model is called 'hf-hub:"),
-        (("qqqqqqqq", 10), r"no timm model is called 'qqqqqqqq'; timm\.list_models\(\) lists them"),
-        (("mobilenetv2", 10, "torchvision"), r"no torchvision model is called 'mobilenetv2' \(near: mobilenet_v2, "),
-        (("fasterrcnn_resnet50_fpn", 10, "torchvision"), "no torchvision model is called"),
-        (("resnet18", 10, "keras"), r"student\.library: expected one of timm, torchvision, found 'keras'"),
-        (("resnet18", 0), r"student\.num_classes: expected at least 1 class, found 0"),
+        ("timm", "mobilnetv2_100", ["mobilenetv2_100", "mobilevitv2_100", "mobilenetv2_140"]),
+        ("timm", "resnet18.a1_in2k", ["resnet18.a1_in1k", "resnet18.a3_in1k", "resnet18.a2_in1k"]),
+        ("timm", "hf-hub:timm/resnet18.a1_in1k", ["resnet18.a1_in1k", "resnet18.a3_in1k", "resnet18.a2_in1k"]),
+        ("timm", "qqqqqqqq", []),
+        ("torchvision", "mobilenetv2", ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"]),
+        ("torchvision", "fasterrcnn_resnet50_fpn", []),
     ],
 )
-def test_build_student_says_what_is_wrong(offline, arguments, message):
-    model, num_classes, *library = arguments
+def test_unknown_models_are_refused_with_near_names(offline, library, model, near):
+    listing = {"timm": "timm.list_models()", "torchvision": "torchvision.models.list_models()"}[library]
+    matches = f" (near: {', '.join(near)})" if near else ""
+    message = f"student.model: no {library} model is called {model!r}{matches}; {listing} lists them"
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        build_student(model, 10, library=library)
+
+
+def test_build_student_says_what_is_wrong(offline):
+    with pytest.raises(RecipeError, match=r"^student\.library: expected one of timm, torchvision, found 'keras'$"):
+        build_student("resnet18", 10, library="keras")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RecipeError, match=r"^student\.num_classes: expected at least 1 class, found 0$"):
+        build_student("resnet18", 0)
+
+
+def test_pretrained_weights_that_do_not_exist(offline):
+    message = (
+        r"^student\.pretrained: timm has no weights for 'ghostnet_130'; set it to false, or choose one of "
+        r"timm\.list_models\(pretrained=True\)$"
+    )
     with pytest.raises(RecipeError, match=message):
-        build_student(model, num_classes, **({"library": library[0]} if library else {}))
-
-
-def test_pretrained_weights_that_are_not_there(monkeypatch):
-    with pytest.raises(RecipeError, match=r"student\.pretrained: timm has no weights for 'ghostnet_130'"):
         build_student("ghostnet_130", 10, pretrained=True)
 
-    def no_route(*_, **__):
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_pretrained_weights_that_cannot_be_downloaded(monkeypatch, library):
+    get_model = torchvision.models.get_model
+
+    def no_route(name, *, weights="DEFAULT", **options):
+        if weights is None:
+            return get_model(name, weights=None, **options)
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", no_route)
-    with pytest.raises(RecipeError, match=r"student\.pretrained: .*'resnet18'.*no route to host"):
-        build_student("resnet18", 10, pretrained=True)
+    monkeypatch.setattr(torchvision.models, "get_model", no_route)
+    message = (
+        r"^student\.pretrained: the weights of 'resnet18' are not in the cache and could not be downloaded \(no route "
+        r"to host\); connect once, give a file as student\.checkpoint, or set it to false$"
+    )
+    with pytest.raises(RecipeError, match=message):
+        build_student("resnet18", 10, library=library, pretrained=True)
 
 
 @pytest.mark.parametrize("num_classes", [7, 1000])
@@ -213,24 +237,34 @@ class Evil:
         return (exec, ("raise SystemExit",))
 
 
-def test_what_a_start_must_be(tmp_path):
-    files = {name: tmp_path / f"{name}.pth" for name in ("none", "evil", "empty", "numbers", "list")}
-    torch.save({"state_dict": Evil()}, files["evil"])
-    torch.save({}, files["empty"])
-    torch.save({"a": 1, "b": torch.zeros(1)}, files["numbers"])
-    torch.save([1], files["list"])
-    (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
-    wanted = {
-        "none.pth": (DataError, "none.pth: expected student weights, found no file; "),
-        "evil.pth": (FormatError, r"evil.pth: expected a .safetensors file, or a .pth file of tensors only, found: "),
-        "empty.pth": (FormatError, "expected a state_dict of tensors, found an empty one"),
-        "numbers.pth": (FormatError, "expected a state_dict of tensors, found int; save the state_dict alone"),
-        "list.pth": (FormatError, "expected a .safetensors file, or a .pth file of tensors only"),
-        "broken.safetensors": (FormatError, "expected a .safetensors file, or a .pth file of tensors only"),
-    }
-    for name, (error, message) in wanted.items():
-        with pytest.raises(error, match=message):
-            build_student(NAME, CLASSES, checkpoint=tmp_path / name)
+NOT_TENSORS = "expected a .safetensors file, or a .pth file of tensors only, found: "
+ALONE = "save the state_dict alone"
+STARTS = [
+    ("none.pth", None, "expected a file of student weights, found none; correct the path"),
+    ("evil.pth", {"state_dict": Evil()}, f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),
+    ("list.pth", [1], f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),
+    ("broken.pth", b"x" * 100, f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),
+    ("broken.safetensors", b"x" * 100, f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),
+    ("empty.pth", {}, f"expected a state_dict of tensors, found an empty one; {ALONE}"),
+    (
+        "mixed.pth",
+        {"a": 1, "b": "c", "d": torch.zeros(1)},
+        f"expected a state_dict of tensors, found int, str; {ALONE}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), STARTS, ids=[name for name, *_ in STARTS])
+def test_what_a_start_must_be(tmp_path, name, content, message):
+    """`*` is what torch or safetensors says."""
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    expected = f"^{re.escape(f'{file}: {message}')}$".replace(r"\*", ".+")
+    with pytest.raises(DataError if content is None else FormatError, match=expected):
+        build_student(NAME, CLASSES, checkpoint=file)
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -239,20 +273,35 @@ def test_what_a_start_must_be(tmp_path):
     [
         (
             "resnet10t",
-            r"missing conv_stem.weight, blocks.0.0.conv_dw.weight, .* and 255 more; unknown conv1.0.weight, ",
+            "missing conv_stem.weight, blocks.0.0.conv_dw.weight, blocks.0.0.bn1.weight and 255 more; "
+            "unknown conv1.0.weight, conv1.1.weight, conv1.1.bias and 78 more; bn1.weight [64] instead of [16], "
+            "bn1.bias [64] instead of [16], bn1.running_mean [64] instead of [16] and 1 more",
         ),
-        ("mobilenetv2_050", r"found others: \S+ \[\S+, .*\] instead of \["),
+        (
+            "mobilenetv2_050",
+            "blocks.1.0.conv_pwl.weight [16, 48, 1, 1] instead of [8, 48, 1, 1], blocks.1.0.bn3.weight [16] instead "
+            "of [8], blocks.1.0.bn3.bias [16] instead of [8] and {more} more",
+        ),
     ],
 )
 def test_weights_of_another_architecture(tmp_path, pretrained, other, found):
     file = written(published(1000, other), tmp_path / "start.pth")
-    with pytest.raises(DataError, match=rf"start.pth: expected the weights of a plain mobilenetv2_035, .*{found}"):
+    differences = found.format(more=184 if pretrained else 186)  # without and with the classifier
+    message = (
+        f"{file}: expected the weights of a plain mobilenetv2_035, found others: {differences}; take the recipe that "
+        "they were trained with"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         build_student(NAME, CLASSES, pretrained=pretrained, checkpoint=file)
 
 
 def test_weights_of_other_classes(tmp_path):
     file = written(published(1000), tmp_path / "start.pth")
-    with pytest.raises(DataError, match=r"of 7 classes, found 1000 in classifier.weight; .* set student.pretrained"):
+    message = (
+        f"{file}: expected weights of 7 classes, found 1000 in classifier.weight; correct student.num_classes, or set "
+        "student.pretrained to true to start with a fresh classifier"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         build_student(NAME, CLASSES, checkpoint=file)
 
 

@@ -114,6 +114,16 @@ class TestOtherData:
             f"'{now['digest_of_images']}'; bring it back, or name another output"
         )
 
+    def test_a_checkpoint_of_another_version_is_refused(self, inputs: Path, copy: Path) -> None:
+        state = load_checkpoint(copy)
+        assert state
+        save_checkpoint(copy, {"learner": state["learner"], "progress": state["progress"]})
+        with pytest.raises(FormatError) as found:
+            train(train_recipe(inputs, ("output", str(copy))))
+        assert str(found.value) == (
+            f"{copy}: expected a checkpoint of this version of softshard, found one of another; name another output"
+        )
+
     def test_the_same_images_in_another_order_are_the_same(self, own: Path) -> None:
         before = open_training_set(own_recipe(own)).beton.keys
         names = [f"{digit}/{number}.jpg" for digit in range(10) for number in range(7)]

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,75 +88,117 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (LABEL.replace("seed: 0", "seed: 0.5"), "F: views.seed: input should be a valid integer"),
-        (LABEL.replace("seed: 0", "seed: true"), "F: views.seed: input should be a valid integer"),
-        (LABEL.replace("seed: 0", "seed: null"), "F: views.seed: input should be a valid integer"),
-        (LABEL + "batch_size: -1", "F: batch_size: input should be greater than or equal to 1"),
-        (LABEL.replace("top_k: 5", "top_k: 11"), "F: top_k must be at most classes = 10 (got 11)"),
-        (LABEL.replace("count: 8", "count: 8, crop: {scale: [1.0, 0.5]}"), "F: views.crop.scale: the lower bound"),
-        (LABEL.replace("count: 8", "count: 8, hflip: .nan"), "F: views.hflip: input should be a finite number"),
-        (LABEL + "beton: other.beton", "F: beton: duplicate key"),
-        (LABEL.replace("count: 8}", "count: 8"), "F: expected YAML, found:"),
-        ("[1, 2]", "F: expected a mapping of sections, found list"),
-        ("", "F: expected a mapping of sections, found NoneType"),
+        (LABEL.replace("seed: 0", "seed: 0.5"), "views.seed: input should be a valid integer (got 0.5)"),
+        (LABEL.replace("seed: 0", "seed: true"), "views.seed: input should be a valid integer (got true)"),
+        (LABEL.replace("seed: 0", "seed: null"), "views.seed: input should be a valid integer (got null)"),
+        (LABEL + "batch_size: -1", "batch_size: input should be greater than or equal to 1 (got -1)"),
+        (LABEL.replace("top_k: 5", "top_k: 11"), "top_k: expected at most classes = 10 (got 11)"),
+        (
+            LABEL.replace("count: 8", "count: 8, crop: {scale: [1.0, 0.5]}"),
+            "views.crop.scale: the lower bound comes first (got [1.0, 0.5])",
+        ),
+        (LABEL.replace("count: 8", "count: 8, hflip: .nan"), "views.hflip: input should be a finite number (got NaN)"),
+        (LABEL + "beton: other.beton", "beton: duplicate key (got it again in line 8)"),
+        ("[1, 2]", "expected a mapping of sections, found list; see configs/ for examples"),
+        ("", "expected a mapping of sections, found NoneType; see configs/ for examples"),
     ],
 )
 def test_one_problem(tmp_path: Path, text: str, expected: str) -> None:
-    assert problems(tmp_path, text)[0].startswith(expected)
+    assert problems(tmp_path, text) == [f"F: {expected}"]
+
+
+def test_what_is_not_yaml(tmp_path: Path) -> None:
+    [problem] = problems(tmp_path, LABEL.replace("count: 8}", "count: 8"))
+    assert re.fullmatch(r"F: expected YAML, found: while parsing a flow mapping .* line 5, column 8: .*", problem)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (
-            TRAIN.replace("lr: 1e-3", "lr: 1e-3, name: lambb"),
-            "optimizer.name: expected an optimiser of timm.optim, near: lamb",
-        ),
-        (TRAIN.replace("labels: labels.zarr", "labels: null"), "views: expected a section, since data.labels is null"),
-        (TRAIN + "views: {seed: 0, count: 1}", "views: expected none, since the store"),
-        (
-            TRAIN.replace("epochs: 4", "epochs: 4, warmup_epochs: 4"),
-            "schedule.warmup_epochs: expected fewer than epochs",
+            TRAIN.replace("labels: labels.zarr", "labels: null"),
+            "views: expected a section, since data.labels is null (got none); add it, or name a store",
         ),
         (
-            TRAIN.replace("lr: 1e-3", "lr: 2.0"),
-            "optimizer.lr: expected 1e-08 to 1, what lamb can work with (got 2)",
-        ),
-        (
-            TRAIN.replace("lr: 1e-3", "lr: 200.0, name: sgd"),
-            "optimizer.lr: expected 1e-08 to 100, what sgd can work with",
-        ),
-        (
-            TRAIN.replace("lr: 1e-3", "lr: 1e-9, name: sgd"),
-            "optimizer.lr: expected 1e-08 to 100, what sgd can work with",
-        ),
-        (
-            TRAIN.replace("epochs: 4", "epochs: 4, min_lr: 0.01"),
-            "schedule.min_lr: expected at most optimizer.lr = 0.001 (got 0.01)",
-        ),
-        (
-            TRAIN.replace("epochs: 4", "epochs: 4, min_lr: 0.0001, name: constant"),
-            "schedule.min_lr: expected none for name: constant (got 0.0001)",
-        ),
-        (
-            TRAIN.replace("epochs: 4", "epochs: 4, name: step"),
-            "schedule: expected decay_epochs and decay_rate for name: step alone (got name: step)",
-        ),
-        (
-            TRAIN.replace("epochs: 4", "epochs: 4, decay_epochs: 2, decay_rate: 0.5"),
-            "schedule: expected decay_epochs and decay_rate for name: step alone (got name: cosine)",
+            TRAIN + "views: {seed: 0, count: 1}",
+            "views: expected none, since a store has the views it was made with (got some); remove them",
         ),
         (
             TRAIN.replace("labels: labels.zarr", "labels: [{store: a.zarr, weight: 0}]"),
             "data.labels.0.weight: input should be greater than 0 (got 0)",
         ),
-        (TRAIN.replace("labels: labels.zarr", "labels: []"), "data.labels: tuple should have at least 1 item"),
-        (TRAIN + "loss: {alpha: 1.5}", "loss.alpha: input should be less than or equal to 1"),
-        (TRAIN + "loss: {tail: sprad}", "loss.tail: input should be 'drop', 'lump' or 'spread'"),
+        (
+            TRAIN.replace("labels: labels.zarr", "labels: []"),
+            "data.labels: tuple should have at least 1 item after validation, not 0 (got [])",
+        ),
+        (TRAIN + "loss: {alpha: 1.5}", "loss.alpha: input should be less than or equal to 1 (got 1.5)"),
+        (TRAIN + "loss: {tail: sprad}", "loss.tail: input should be 'drop', 'lump' or 'spread' (got \"sprad\")"),
     ],
 )
 def test_train_recipe_problems(tmp_path: Path, text: str, expected: str) -> None:
-    assert problems(tmp_path, text, model=TrainRecipe)[0].startswith(f"F: {expected}")
+    assert problems(tmp_path, text, model=TrainRecipe) == [f"F: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        # an unknown name, or one that cannot be used, says nothing about the rate
+        ("lr: 50, name: lambb", "name: expected an optimiser of timm.optim, near: lamb, lambw, lambc (got 'lambb')"),
+        ("lr: 50, name: qqqq", "name: expected an optimiser of timm.optim, near: adamw, lamb, sgd (got 'qqqq')"),
+        (
+            "lr: 50, name: adahessian",
+            "name: expected an optimiser that takes first derivatives alone, such as adamw or lamb (got 'adahessian')",
+        ),
+        ("lr: 2.0", "lr: expected 1e-08 to 1, what lamb can work with (got 2)"),
+        ("lr: 1e-9", "lr: expected 1e-08 to 1, what lamb can work with (got 1e-09)"),
+        ("lr: 50, name: rmsprop", "lr: expected 1e-08 to 1, what rmsprop can work with (got 50)"),
+        ("lr: 50, name: adagrad", "lr: expected 1e-08 to 1, what adagrad can work with (got 50)"),
+        ("lr: 200.0, name: sgd", "lr: expected 1e-08 to 100, what sgd can work with (got 200)"),
+        ("lr: 1e-9, name: sgd", "lr: expected 1e-08 to 100, what sgd can work with (got 1e-09)"),
+        ("lr: 200.0, name: momentum", "lr: expected 1e-08 to 100, what momentum can work with (got 200)"),
+        ("lr: 200.0, name: lars", "lr: expected 1e-08 to 100, what lars can work with (got 200)"),
+        ("lr: 0", "lr: input should be greater than 0 (got 0)"),
+    ],
+)
+def test_optimizers_that_are_refused(tmp_path: Path, optimizer: str, expected: str) -> None:
+    text = TRAIN.replace("lr: 1e-3", optimizer)
+    assert problems(tmp_path, text, model=TrainRecipe) == [f"F: optimizer.{expected}"]
+
+
+PLAIN = ("sgd", "momentum", "nesterov", "lars", "nlars", "larc")  # what takes large rates
+
+
+@pytest.mark.parametrize("optimizer", ["lr: 1e-8", "lr: 1", *(f"lr: 100, name: {name}" for name in PLAIN)])
+def test_rates_at_the_limits(tmp_path: Path, optimizer: str) -> None:
+    load_recipe(TrainRecipe, write(tmp_path, TRAIN.replace("lr: 1e-3", optimizer)))
+
+
+STEPS = ": expected {} (got decay_epochs: {}, decay_rate: {})".format
+BOTH = "both decay_epochs and decay_rate for name: step"
+NEITHER = "neither decay_epochs nor decay_rate for name: cosine"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("warmup_epochs: 4", ".warmup_epochs: expected fewer than epochs = 4 (got 4)"),
+        ("min_lr: 0.01", ".min_lr: expected at most optimizer.lr = 0.001 (got 0.01)"),
+        ("min_lr: 0.0001, name: constant", ".min_lr: expected none for name: constant (got 0.0001); remove it"),
+        (
+            "min_lr: 0.0001, name: step, decay_epochs: 2, decay_rate: 0.5",
+            ".min_lr: expected none for name: step (got 0.0001); remove it",
+        ),
+        ("name: step", STEPS(BOTH, None, None)),
+        ("name: step, decay_epochs: 2", STEPS(BOTH, 2, None)),
+        ("name: step, decay_rate: 0.5", STEPS(BOTH, None, 0.5)),
+        ("decay_epochs: 2", STEPS(NEITHER, 2, None)),
+        ("decay_rate: 0.5", STEPS(NEITHER, None, 0.5)),
+        ("decay_epochs: 2, decay_rate: 0.5", STEPS(NEITHER, 2, 0.5)),
+    ],
+)
+def test_schedules_that_are_refused(tmp_path: Path, schedule: str, expected: str) -> None:
+    text = TRAIN.replace("epochs: 4", f"epochs: 4, {schedule}")
+    assert problems(tmp_path, text, model=TrainRecipe) == [f"F: schedule{expected}"]
 
 
 def test_one_store_is_a_list_of_one(tmp_path: Path) -> None:
@@ -170,8 +213,11 @@ def test_one_store_is_a_list_of_one(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"none\.yaml: expected a readable YAML recipe"):
-        load_recipe(PackRecipe, tmp_path / "none.yaml")
+    path = tmp_path / "none.yaml"
+    system = f"[Errno 2] No such file or directory: '{path}'"
+    with pytest.raises(RecipeError) as error:
+        load_recipe(PackRecipe, path)
+    assert str(error.value) == f"{path}: expected a readable YAML recipe, found: {system}; check --config"
 
 
 def test_yaml_is_version_1_2(tmp_path: Path) -> None:
@@ -197,22 +243,24 @@ def test_overrides_reach_sections_lists_and_absent_sections(tmp_path: Path) -> N
         (("views.sed", "1"), "--views.sed: unknown key (got 1)"),
         (("teachers.1.size", "1"), "--teachers.1.size: expected a section named '1', found list"),
         (("classes.a.b", "1"), "--classes.a.b: expected a section named 'a', found int"),
+        (("classes.a", "1"), "--classes.a: expected a key, found int above it"),
     ],
 )
 def test_override_problems_name_the_option(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
-    assert problems(tmp_path, LABEL, change)[0] == expected
+    assert problems(tmp_path, LABEL, change) == [expected]
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["views.seed", "1"], "expected --section.key VALUE, found 'views.seed'"),
-        (["--top_k"], "--top_k: expected a value"),
+        (["views.seed", "1"], "command line: expected --section.key VALUE, found 'views.seed'"),
+        (["--top_k"], "--top_k: expected a value after it, found the end of the line"),
     ],
 )
 def test_malformed_overrides(words: list[str], expected: str) -> None:
-    with pytest.raises(RecipeError, match=expected):
+    with pytest.raises(RecipeError) as error:
         overrides(words)
+    assert str(error.value) == expected
 
 
 def test_recipes_are_frozen(tmp_path: Path) -> None:

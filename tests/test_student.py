@@ -51,11 +51,16 @@ def test_a_runs_weights_need_no_checkpoint(tmp_path: Path) -> None:
     gone = recipe(tmp_path, ("checkpoint", "gone.pth"))
     again = make_student(gone, tmp_path / "run.safetensors")
     assert torch.equal(again.eval()(IMAGES), student.eval()(IMAGES))
-    with pytest.raises(DataError, match=r"gone.pth: expected student weights, found no file"):
+    message = r"^gone.pth: expected a file of student weights, found none; correct the path$"
+    with pytest.raises(DataError, match=message):
         make_student(gone)
-    with pytest.raises(
-        DataError, match=r"run.safetensors: expected the weights of this recipe's student, found others"
-    ):
+    message = (
+        rf"^{tmp_path}/run.safetensors: expected the weights of this recipe's student, found others: missing "
+        r"blocks.1.0.conv_pwl.weight, blocks.1.0.bn2.weight, blocks.1.0.bn2.bias and 42 more; unknown "
+        r"(blocks\.\S+\.branches\.\S+, ){2}blocks\.\S+\.branches\.\S+ and 117 more; "  # in the order of the file
+        r"take the recipe that they were trained with$"
+    )
+    with pytest.raises(DataError, match=message):
         make_student(recipe(tmp_path, ("expand", "null")), tmp_path / "run.safetensors")
 
 
@@ -81,12 +86,24 @@ def test_the_recipe_says_how_branches_are_computed(tmp_path: Path, branches_as: 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("library", "keras", "--student.library: input should be 'timm' or 'torchvision'"),
-        ("expand.kinds", "[dw]", "student.expand.kinds.0: input should be 'depthwise', 'pointwise', 'grouped' or "),
-        ("expand.branches_as", "one", "--student.expand.branches_as: input should be 'auto'"),
-        ("expand.init", "ones", "--student.expand.init: input should be 'zero_gamma' or 'split_gamma'"),
+        ("library", "keras", "--student.library: input should be 'timm' or 'torchvision' (got \"keras\")"),
+        (
+            "expand.kinds",
+            "[dw]",
+            "{folder}/train.yaml: student.expand.kinds.0: input should be 'depthwise', 'pointwise', 'grouped' or "
+            "'dense' (got \"dw\")",
+        ),
+        (
+            "expand.branches_as",
+            "one",
+            "--student.expand.branches_as: input should be 'auto', 'separate' or 'triton' (got \"one\")",
+        ),
+        ("expand.init", "ones", "--student.expand.init: input should be 'zero_gamma' or 'split_gamma' (got \"ones\")"),
+        ("expand.branches", "0", "--student.expand.branches: input should be greater than or equal to 1 (got 0)"),
+        ("num_classes", "1", "--student.num_classes: input should be greater than or equal to 2 (got 1)"),
     ],
 )
 def test_values_that_a_recipe_refuses(tmp_path: Path, key: str, value: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError) as error:
         recipe(tmp_path, (key, value))
+    assert str(error.value) == message.format(folder=tmp_path)

@@ -69,9 +69,14 @@ def check_run(recipe: TrainRecipe) -> None:
         )
 
 
-def check_data(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise DataError unless a run goes on with the data that it began with (TrainingSet.identity)."""
-    found = list(differences(before, now))
+def check_data(folder: Path, checkpoint: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise DataError unless a run goes on with the data that it began with (TrainingSet.identity), FormatError for a
+    checkpoint that does not say."""
+    if "data" not in checkpoint:
+        raise FormatError(
+            f"{folder}: expected a checkpoint of this version of softshard, found one of another; name another output"
+        )
+    found = list(differences(checkpoint["data"], now))
     if found:
         raise DataError(
             f"{folder}: expected the data that this run began with, found other data under its name: "

@@ -168,7 +168,8 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
     if len(other):
         raise DataError(
             f"{store.name}: expected labels of the images in {beton.path}, found labels of other images under "
-            f"{len(other)} of the keys, such as {_few(beton, other)}; label these images"
+            f"{len(other)} of the keys, such as {_few(beton, other)}; label these images, or take the .beton "
+            "that was labelled"
         )
     missing = np.flatnonzero(~found)
     if len(missing) and recipe.missing_labels == "error":

@@ -15,7 +15,7 @@ from trainer.students.trace import Kind
 
 # A smaller rate changes no float32 weight. Adaptive optimisers move a weight by about the rate, whatever its gradient.
 SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTIVE_LR = 1e-8, 100.0, 1.0
-NOT_ADAPTIVE = ("sgd", "momentum", "lars")  # in the names of timm's optimisers
+NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")  # in the names of timm's optimisers
 
 
 class LabelsRecipe(Model):
@@ -90,7 +90,9 @@ class LossRecipe(Model):
 def _optimizer_name(name: str) -> str:
     known = [str(known) for known in timm.optim.list_optimizers()]
     if name in known and timm.optim.get_optimizer_info(name).second_order:
-        raise ValueError(f"expected an optimiser that takes first derivatives alone (got {name!r})")
+        raise ValueError(
+            f"expected an optimiser that takes first derivatives alone, such as adamw or lamb (got {name!r})"
+        )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["adamw", "lamb", "sgd"]
         raise ValueError(f"expected an optimiser of timm.optim, near: {', '.join(near)} (got {name!r})")
@@ -141,14 +143,18 @@ class ScheduleRecipe(Model):
     @classmethod
     def _ends_at_min_lr(cls, min_lr: float, info: ValidationInfo) -> float:
         if min_lr and info.data.get("name") in ("step", "constant"):
-            raise ValueError(f"expected none for name: {info.data['name']} (got {min_lr:g})")
+            raise ValueError(f"expected none for name: {info.data['name']} (got {min_lr:g}); remove it")
         return min_lr
 
     @model_validator(mode="after")
     def _steps_are_described(self) -> "ScheduleRecipe":
         given = self.decay_epochs is not None, self.decay_rate is not None
         if given != (self.name == "step",) * 2:
-            raise ValueError(f"expected decay_epochs and decay_rate for name: step alone (got name: {self.name})")
+            found = f"decay_epochs: {self.decay_epochs}, decay_rate: {self.decay_rate}"
+            wanted = (
+                "both decay_epochs and decay_rate" if self.name == "step" else "neither decay_epochs nor decay_rate"
+            )
+            raise ValueError(f"expected {wanted} for name: {self.name} (got {found})")
         return self
 
 
@@ -201,9 +207,11 @@ class TrainRecipe(Model):
     @model_validator(mode="after")
     def _one_view_recipe(self) -> "TrainRecipe":
         if self.data.labels is None and self.views is None:
-            raise ValueError("views: expected a section, since data.labels is null (got none)")
+            raise ValueError("views: expected a section, since data.labels is null (got none); add it, or name a store")
         if self.data.labels is not None and self.views is not None:
-            raise ValueError("views: expected none, since the store of data.labels has the views it was made with")
+            raise ValueError(
+                "views: expected none, since a store has the views it was made with (got some); remove them"
+            )
         return self
 
     @model_validator(mode="after")

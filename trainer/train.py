@@ -91,7 +91,7 @@ def _open(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet) 
     with accelerator.main_process_first():  # it removes what is damaged
         progress, checkpoint = _Progress(), load_checkpoint(Path(recipe.output))
     if checkpoint:
-        check_data(Path(recipe.output), checkpoint["data"], training.identity())
+        check_data(Path(recipe.output), checkpoint, training.identity())
         learner.load_state_dict(checkpoint["learner"])
         progress = _Progress(**checkpoint["progress"])
     return _Run(accelerator, recipe, training, learner, loader, validation, progress)

@@ -18,7 +18,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     tensors.
     """
     if not Path(path).is_file():
-        raise DataError(f"{path}: expected student weights, found no file; train first, or correct the path")
+        raise DataError(f"{path}: expected a file of student weights, found none; correct the path")
     try:
         weights = timm.models.load_state_dict(str(path), weights_only=True)
         others = {type(value).__name__ for value in weights.values() if not isinstance(value, Tensor)}
@@ -43,7 +43,10 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: str, 
     state = network.state_dict()
     differences = _differences(state, weights)
     if differences:
-        raise DataError(f"{where}: expected the weights of {what}, found others: {differences}")
+        raise DataError(
+            f"{where}: expected the weights of {what}, found others: {differences}; take the recipe that they were "
+            "trained with"
+        )
     state.update(weights)
     network.load_state_dict(state)
 
