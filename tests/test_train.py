@@ -220,6 +220,7 @@ class TestTwoProcesses:
         done = launch("trainer", "train", "--config", str(recipe), "--output", str(other_run))
         assert done.returncode == 0, done.stderr
         assert "train: 2 processes on cpu" in done.stdout
+        assert "Warning" not in done.stderr
         assert done.stderr.count("student.expand: convolutions with branches: ") == 1
         assert done.stderr.count("train: 3 views for 4 epochs: each is seen 1 or 2 times\n") == 1
         assert len(metrics(other_run)) == 4

@@ -1,5 +1,6 @@
 """The student with everything that changes it: optimiser, schedule, average. One update after the other."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,8 @@ def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> L
         student = make_student(recipe).to(accelerator.device)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         timm.layers.convert_sync_batchnorm(student)  # a Student is no norm itself: its modules are replaced in place
+    # 1 x 1 kernels have strides that mean nothing, and the gradients are copied in any case
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
     optimizer = make_optimizer(recipe, student.network)
     schedule = make_schedule(recipe, optimizer, steps)
