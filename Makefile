@@ -1,7 +1,8 @@
 # Every target sets the project up first, which takes a second when nothing has changed.
 PYTHON_BIN := .venv/bin/python
 # One file of tests to a process at a time. One thread each: their tensors are small, and sums depend on the number.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest \
+	--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # seeds.py comes after these, since it takes the demo's data.
 BENCHMARKS := kernels loader pack store label branches latency step

@@ -16,7 +16,13 @@ from small_sources import images_of, sample, table, write_tar
 from pipeline.beton import Beton
 
 SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
+LONGEST = ("test_configs.py", "test_kills.py", "test_kills_in_training.py", "test_train.py")
 ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progressive": True}]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, beside which the others fit."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
