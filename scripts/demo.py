@@ -63,7 +63,7 @@ def stages() -> list[Stage]:
     return [
         verb("pack train", pack, "pack_train", DATA / "train.manifest.json", 5),
         verb("pack validation", pack, "pack_validation", DATA / "validation.manifest.json", 5),
-        verb("train teacher", train, "teacher", weights["teacher"], 320),
+        verb("train teacher", train, "teacher", weights["teacher"], 200),
         export("teacher", "teacher"),
         evaluation("teacher", "teacher", EXPORT / "teacher"),
         verb("label", label, "label", DATA / "labels.zarr", 40),

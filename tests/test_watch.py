@@ -102,9 +102,12 @@ def test_curves_are_a_picture_with_something_on_it(run: Path) -> None:
 
 
 def test_curves_of_hard_labels_leave_out_what_there_is_not(tmp_path: Path) -> None:
-    lines = [{"epoch": 1, "loss": 2.0, "lr": 0.1, "images_per_second": 9.0}]
+    lines = [{"epoch": 1, "loss": 2.0, "hard_loss": 2.0, "soft_loss": 0.0, "lr": 0.1, "images_per_second": 9.0}]
     plot_curves(lines, "x", tmp_path / "curves.png")
     assert matplotlib.image.imread(tmp_path / "curves.png").shape[:2] == (600, 1000)
+    without = [{key: value for key, value in line.items() if key != "soft_loss"} for line in lines]
+    plot_curves(without, "x", tmp_path / "without.png")
+    assert (tmp_path / "curves.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 def test_the_live_line_and_each_validation(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

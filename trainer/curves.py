@@ -28,7 +28,7 @@ def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None
     from matplotlib.figure import Figure  # takes a second, which the first step need not wait for
     from matplotlib.ticker import MaxNLocator
 
-    there = {key for line in lines for key in line}
+    there = {key for line in lines for key, value in line.items() if value}  # losses that play no part are 0
     panels = [(name, [(key, label) for key, label in series if key in there]) for name, series in PANELS]
     panels = [(name, series) for name, series in panels if series]
     rows = -(-len(panels) // 2)
