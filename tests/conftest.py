@@ -16,7 +16,7 @@ from small_sources import images_of, sample, table, write_tar
 from pipeline.beton import Beton
 
 SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
-LONGEST = ("test_configs.py", "test_kills.py", "test_kills_in_training.py", "test_train.py")
+LONGEST = ("test_configs.py", "test_kills.py", "test_kills_in_training.py", "test_processes.py", "test_train.py")
 ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progressive": True}]
 
 

@@ -22,7 +22,7 @@ import trainer.train
 from pipeline.pack import pack
 from pipeline.recipe import LabelRecipe
 from pipeline.recipe_file import load_recipe
-from trainer.checkpoint import METRICS, WEIGHTS, save_checkpoint
+from trainer.checkpoint import BEST, LAST, METRICS, WEIGHTS, load_checkpoint, save_checkpoint
 from trainer.learner import Learner
 from trainer.recipe import TrainRecipe
 
@@ -190,3 +190,20 @@ def metrics(run: Path, timed: bool = False) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     clocks = () if timed else ("images_per_second", "data_wait")
     return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same weights, the same state to go on with and the same metrics, bit for bit."""
+    assert_same(weights(one), weights(two))
+    assert metrics(one) == metrics(two)
+    assert (one / BEST).read_bytes() == (two / BEST).read_bytes()
+    states = [load_checkpoint(folder) for folder in (one, two)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert_same(states[0]["learner"], states[1]["learner"])
+
+
+def saved_progress(run: Path) -> tuple[int, int]:
+    """(epoch, step) of the last checkpoint."""
+    progress = torch.load(run / LAST, weights_only=True)["progress"]
+    return progress["epoch"], progress["step"]
