@@ -22,7 +22,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_inputs(tmp_path_factory.mktemp("training kills"))
     assert label(label_recipe(folder))
     text = TRAIN.replace("epochs: 4", f"epochs: {EPOCHS}").replace("batch_size: 16", "batch_size: 8")
-    text += "checkpoint_minutes: 1.0e-9\nevaluation: {{epochs: 2}}\n"
+    text += "checkpoint_minutes: 1.0e-9\nevaluation: {{epochs: 3, agreement: 0}}\n"
     return write_recipe(folder, "train", text)
 
 

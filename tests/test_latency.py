@@ -147,13 +147,6 @@ class TestCommand:
         assert re.search(r"^\| net \| folded \| int8 \| ", printed, re.MULTILINE)
         assert re.search(r"^net: onnx, folded against unfolded: 3.00 x as fast$", printed, re.MULTILINE)
 
-    def test_a_plot_without_matplotlib(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(trainer.formats, "find_spec", lambda package: None)
-        assert main(["latency", "--export", str(folder), "--plot", str(tmp_path / "latency.png")]) == 2
-        assert "--plot: expected matplotlib, found no matplotlib; install with: pip" in capsys.readouterr().err
-
     def test_too_few_rounds(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["latency", "--export", str(folder), "--rounds", "0"]) == 2
         assert "--rounds: expected at least 1, found 0" in capsys.readouterr().err
