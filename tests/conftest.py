@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from small_packs import pack_folder
-from small_runs import mnist_data
+from small_runs import label_recipe, make_inputs, mnist_data
 from small_sources import images_of, sample, table, write_tar
 
 from pipeline.beton import Beton
+from pipeline.label import label
 
 SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
 LONGEST = ("test_configs.py", "test_kills.py", "test_kills_in_training.py", "test_processes.py", "test_train.py")
@@ -80,6 +81,14 @@ def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits(digit_folder: Path) -> Beton:
     return pack_folder(digit_folder)[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """What training needs: packed digits, and a store of a small teacher's labels for them."""
+    folder = make_inputs(tmp_path_factory.mktemp(request.module.__name__))
+    assert label(label_recipe(folder))
+    return folder
 
 
 @pytest.fixture

@@ -37,13 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("checkpoint"))
-    assert label(label_recipe(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(inputs: Path) -> Path:
     assert train(train_recipe(inputs))
     return inputs / "run"
@@ -101,11 +94,11 @@ class TestOtherData:
         return tmp_path
 
     def test_other_images_are_refused(self, own: Path) -> None:
-        before = open_training_set(own_recipe(own)).identity()
+        before = open_training_set(own_recipe(own)).identity
         shutil.rmtree(own / "train")
         write_digits(own / "train", 3)
         pack_folder(own / "train", own / "train.beton")
-        now = open_training_set(own_recipe(own)).identity()
+        now = open_training_set(own_recipe(own)).identity
         with pytest.raises(DataError) as found:
             train(own_recipe(own))
         assert str(found.value) == (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import label_recipe, make_inputs, pack_folder, train_recipe, write_digits, write_teacher
+from small_runs import label_recipe, pack_folder, train_recipe, write_digits, write_teacher
 
 import pipeline.probes
 from pipeline.beton import open_beton
@@ -22,13 +22,6 @@ from trainer.labels import LabelReader, teacher_classes
 from trainer.train import train
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("labels"))
-    assert label(label_recipe(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")

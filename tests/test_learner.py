@@ -9,12 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from small_runs import assert_same, label_recipe, make_inputs, metrics, train_and_crash, train_recipe
+from small_runs import assert_same, metrics, train_and_crash, train_recipe
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 import trainer.learner
-from pipeline.label import label
 from trainer.checkpoint import LAST
 from trainer.learner import Learner, make_learner, make_optimizer, make_schedule
 from trainer.student import make_student
@@ -23,13 +22,6 @@ from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("learner"))
-    assert label(label_recipe(folder))
-    return folder
 
 
 def learning_rates(tmp_path: Path, schedule: str) -> list[float]:

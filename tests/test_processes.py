@@ -16,9 +16,7 @@ from small_runs import (
     TRAIN,
     acting,
     assert_same_run,
-    label_recipe,
     launch,
-    make_inputs,
     metrics,
     saved_progress,
     train_and_crash,
@@ -29,7 +27,6 @@ from small_runs import (
 from workers import STOPPED, finish, start, training
 
 import trainer.train
-from pipeline.label import label
 from pipeline.launch import Agreement
 from trainer.checkpoint import WEIGHTS, save_checkpoint
 from trainer.data import open_training_set, share
@@ -39,13 +36,6 @@ from trainer.train import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 # batch norm's statistics are those of a process's part of a batch: only without them two processes equal one
 NO_BATCH_NORM = ("student", "{model: test_convnext, num_classes: 10}")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("processes"))
-    assert label(label_recipe(folder))
-    return folder
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from small_runs import acting, label_recipe, make_inputs, train_recipe
+from small_runs import acting, train_recipe
 from small_teachers import Evil
 
 import trainer.learner
 from pipeline.errors import DataError, FormatError, RecipeError, SoftshardError
-from pipeline.label import label
 from trainer.checkpoint import LAST
 from trainer.data import open_training_set, share
 from trainer.evaluate import evaluate
@@ -21,13 +20,6 @@ from trainer.safety import NOT_FINITE, OUT_OF_MEMORY, check_batch, check_same_st
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("safety"))
-    assert label(label_recipe(folder))
-    return folder
 
 
 REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [

@@ -15,8 +15,6 @@ from small_runs import (
     Crash,
     acting,
     assert_same_run,
-    label_recipe,
-    make_inputs,
     metrics,
     saved_progress,
     train_and_crash,
@@ -27,7 +25,6 @@ from small_runs import (
 
 import trainer.__main__
 import trainer.train
-from pipeline.label import label
 from pipeline.launch import STOPPING
 from trainer.checkpoint import BEST, CURVES, LAST, LOCK, METRICS, PREVIOUS, WEIGHTS
 from trainer.data import open_training_set
@@ -37,13 +34,6 @@ from trainer.train import train
 from trainer.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("train"))
-    assert label(label_recipe(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from small_runs import Crash, acting, crash, label_recipe, make_inputs, metrics, train_recipe
+from small_runs import Crash, acting, crash, metrics, train_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainer.watch
 from pipeline.beton import open_beton
-from pipeline.label import label
 from pipeline.loader import ViewLoader
 from pipeline.views.geometry import CENTRE
 from trainer.checkpoint import CURVES, LAST, METRICS
@@ -25,13 +24,6 @@ from trainer.watch import Clock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TENSORBOARD = ("watch", "{trackers: [tensorboard], updates: 3}")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("watch"))
-    assert label(label_recipe(folder))
-    return folder
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:

@@ -1,6 +1,7 @@
 """Which rows train, in which order, in which view, with the labels of which stores."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class TrainingSet:
     def view(self, epoch: int) -> int:
         return epoch % self.views.count
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run goes on, as plain data; not the order of the images in the file."""
         rows = self.rows[np.argsort(self.beton.keys[self.rows])]

@@ -91,7 +91,7 @@ def _open(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet) 
     with accelerator.main_process_first():  # it removes what is damaged
         progress, checkpoint = _Progress(), load_checkpoint(Path(recipe.output))
     if checkpoint:
-        check_data(Path(recipe.output), checkpoint, training.identity())
+        check_data(Path(recipe.output), checkpoint, training.identity)
         learner.load_state_dict(checkpoint["learner"])
         progress = _Progress(**checkpoint["progress"])
     return _Run(accelerator, recipe, training, learner, loader, validation, progress)
@@ -124,7 +124,7 @@ class _Run:
         self._steps, self._epochs = self.training.steps(self.recipe.batch_size), self.recipe.schedule.epochs
         self._pending: list[Tensor] = []  # losses of updates, on their device: looking at them makes it wait
         self._clock, self._epoch_clock = Clock(self.loader), Clock(self.loader)
-        self._saved, self._data = time.monotonic(), self.training.identity()
+        self._saved = time.monotonic()
         update = self.progress.epoch * self._steps + self.progress.step
         check_same_start(self.recipe, self.accelerator, update)
         self._watch = Watch(self.accelerator, self.recipe, update, self.learner.updates)
@@ -249,7 +249,7 @@ class _Run:
     def _save(self) -> None:
         if self._main:
             state = {"learner": self.learner.state_dict(), "progress": asdict(self.progress)}
-            save_checkpoint(self._folder, state | {"data": self._data})
+            save_checkpoint(self._folder, state | {"data": self.training.identity})
         self._saved = time.monotonic()
 
     @property
