@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from store import manifest, synthetic_logits
 from torch import nn
 
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.recipe_file import Override, load_recipe
 from pipeline.store import create_store
 from pipeline.topk import encode, encode_template

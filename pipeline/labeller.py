@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.batch import Batch
 from pipeline.beton import Beton
 from pipeline.errors import DataError
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import ViewLoader
 from pipeline.recipe import LabelRecipe
 from pipeline.topk import Codes, Encoded, encode_on_device, encode_template, to_codes
 from teachers import Ensemble, Teacher, TeacherError

@@ -27,8 +27,8 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from numpy.typing import NDArray
-from torch import Tensor
 
+from pipeline.batch import Batch, Mixed
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ViewRecipe
 from pipeline.views.draws import ONE
@@ -39,27 +39,6 @@ POLL_SECONDS, NOTICE_SECONDS = 0.2, 3.0
 NO_SLOTS = np.zeros(1, np.uint32)
 PARTS_A_WORKER = 4  # a batch is dealt in more parts than threads, so that none waits long for the others
 _BUILDING = threading.Lock()
-
-
-class Mixed(NamedTuple):
-    """labels: int64, those of the images that were mixed in; shares: float32, what is left of the images themselves
-    (1 where nothing was mixed in). Both are [B] or [B, G], on the loader's device."""
-
-    labels: Tensor
-    shares: Tensor
-
-
-class Batch(NamedTuple):
-    """images: uint8 [B, 3, S, S] (channels_last), or [B, G, 3, S, S] for G views of each image; labels: int64 [B];
-    both on the loader's device; rows: int64 [B]; mixed: None unless the recipe mixes.
-
-    On the CPU `images` is the loader's own memory: valid until the next batch is asked for.
-    """
-
-    images: Tensor
-    rows: NDArray[np.int64]
-    labels: Tensor
-    mixed: Mixed | None
 
 
 class ViewLoader:

@@ -186,6 +186,23 @@ def decode(
     return SoftLabels(index, probability[:, :k], probability[:, k], share)
 
 
+def decode_on(
+    device: torch.device,
+    codes: Codes,
+    classes: int,
+    temperature: float,
+    template: NDArray[np.uint8] | None = None,
+) -> SoftLabels:
+    """As `decode`, of codes in memory, on a device: only codes are copied there, and nothing waits for it."""
+    parts = [*codes.tensors()]
+    if template is not None:
+        parts.append(torch.from_numpy(template))
+    if device.type == "cuda":
+        parts = [part.pin_memory() for part in parts]  # else the copy is not one that nobody waits for
+    index, gap, tail, *shape = (part.to(device, non_blocking=True) for part in parts)
+    return decode(index, gap, tail, classes, temperature, *shape)
+
+
 def _precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -25,8 +25,8 @@ HOMES = {
 }
 # what a student's machine needs of the pipeline: its contracts, never the stages that make them
 CONTRACTS = {
-    "beton", "cli", "errors", "files", "launch", "loader", "manifest", "probes", "recipe", "recipe_file", "store",
-    "topk", "views",
+    "batch", "beton", "cli", "errors", "files", "launch", "loader", "manifest", "probes", "recipe", "recipe_file",
+    "store", "topk", "views",
 }  # fmt: skip
 
 

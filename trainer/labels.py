@@ -14,7 +14,7 @@ from pipeline.manifest import match_keys, text_digest
 from pipeline.probes import check_probes
 from pipeline.recipe_file import differences
 from pipeline.store import Store, open_store
-from pipeline.topk import Codes, decode
+from pipeline.topk import Codes, decode, decode_on
 from trainer.losses import Weighted
 from trainer.recipe import DataRecipe, LabelsRecipe, TrainRecipe
 
@@ -46,6 +46,12 @@ class Labels:
         """The codes of rows of the .beton in one view, checked. Raises DataError and FormatError."""
         return self._top(self.store.read_rows(view, self.rows[rows]))
 
+    def soft(self, codes: Codes, rows: NDArray[np.int64], temperature: float, device: torch.device) -> Weighted:
+        """Soft labels of rows of the .beton, from the codes of a whole view."""
+        places = self.rows[rows]
+        template = None if self.template is None else self.template[places]
+        return self.weight, decode_on(device, codes[places], self.classes, temperature, template)
+
     def check_labelled(self, views: int) -> None:
         """Raise DataError unless the first `views` views are labelled. (read_view checks their content.)"""
         coverage = self.store.coverage()[:views]
@@ -69,19 +75,7 @@ class ViewLabels:
 
     def soft(self, rows: NDArray[np.int64], temperature: float, device: torch.device) -> list[Weighted]:
         """Soft labels of rows of the .beton at a temperature, decoded on the device; one for each store."""
-        return [_decode(labels, codes, labels.rows[rows], temperature, device) for labels, codes in self.parts]
-
-
-def _decode(
-    labels: Labels, codes: Codes, places: NDArray[np.int64], temperature: float, device: torch.device
-) -> Weighted:
-    parts = [*codes[places].tensors()]
-    if labels.template is not None:
-        parts.append(torch.from_numpy(labels.template[places]))
-    if device.type == "cuda":
-        parts = [part.pin_memory() for part in parts]  # else the copy is not one that nobody waits for
-    index, gap, tail, *template = (part.to(device, non_blocking=True) for part in parts)
-    return labels.weight, decode(index, gap, tail, labels.classes, temperature, *template)
+        return [labels.soft(codes, rows, temperature, device) for labels, codes in self.parts]
 
 
 class LabelReader:

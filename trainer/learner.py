@@ -19,8 +19,8 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipeline.batch import Batch
 from pipeline.errors import RecipeError
-from pipeline.loader import Batch
 from trainer.losses import Losses, Weighted, distillation_loss, mixed_labels
 from trainer.recipe import TrainRecipe
 from trainer.student import Student, make_student

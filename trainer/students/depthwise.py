@@ -30,11 +30,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.students import _depthwise  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
+try:
+    from trainer.students import _depthwise  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
+except ImportError:  # a source tree that was copied to a machine without a compiler
+    _depthwise = None
 
 MOST_TAPS = 7  # rows or columns of a kernel: larger ones are cheaper as separate branches
 CACHE_LINE = 64  # bytes: threads share none
-_library = ctypes.CDLL(_depthwise.__file__)
+_library = ctypes.CDLL(_depthwise.__file__) if _depthwise else None
+_RUNS_HERE = _library is not None and bool(_library.softshard_depthwise_runs_here())
 _SUFFIX = {torch.float32: "_float32", torch.float64: "_float64"}
 
 
@@ -52,8 +56,8 @@ class Geometry(NamedTuple):
 
 
 def runs_here() -> bool:
-    """Whether this processor has the instructions that the kernels were compiled for."""
-    return bool(_library.softshard_depthwise_runs_here())
+    """Whether the kernels in C are there and this processor has the instructions that they were compiled for."""
+    return _RUNS_HERE
 
 
 class Kernels(NamedTuple):
@@ -208,6 +212,7 @@ def _moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Te
     mean, variance = weight.new_empty(branches, channels), weight.new_empty(branches, channels)
     product = torch.empty_like(weight)
     tensors = (gram, sums, weight, mean, variance, product)
+    assert _library is not None  # runs_here was asked before
     _library.softshard_depthwise_moments(
         *map(ctypes.c_int64, (channels, taps, branches)), ctypes.c_double(count), *map(_argument, tensors)
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecipeError, few
 from trainer.students.branches import MultiBranchConv
+from trainer.students.depthwise import runs_here
 from trainer.students.geometry import has_identity, has_scale
 from trainer.students.one_convolution import BranchesAs
 from trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
@@ -145,6 +146,8 @@ def _report(chosen: Sequence[Pair], left_alone: Sequence[LeftAlone]) -> None:
     level = logging.WARNING if any(conv.reason == SHARED for conv in left_alone) else logging.INFO
     text = "student.expand: convolutions with branches: %s; left alone: %s"
     _logger.log(level, text, _counts(chosen), _listing(left_alone))
+    if not runs_here() and any(pair.kind == "depthwise" for pair in chosen):
+        _logger.info("student.expand: depthwise branches train separately on this CPU: it has no compiled kernels")
 
 
 def _counts(convs: Sequence[Pair | LeftAlone]) -> str:
