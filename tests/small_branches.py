@@ -4,7 +4,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from small_students import grad, randomise
+from small_weights import grad, randomise
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import pytest
 import torch
+from small_weights import randomise
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
@@ -30,11 +31,6 @@ ALL_KINDS = get_args(Kind)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
-def grad(parameter):
-    assert parameter.grad is not None
-    return parameter.grad
-
-
 def stock(name):
     return build_student(name, 10, library=MODELS[name][0])
 
@@ -49,27 +45,6 @@ def expanded(model, name, branches_as="auto"):
 def images(name, count, seed=0):
     size = MODELS[name][1]
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def randomise(model, seed=1):
-    """Weights, gammas, betas and statistics far from where they start, and nowhere zero."""
-    draw = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data.mul_(1 + torch.rand(module.weight.shape, generator=draw))
-            if module.bias is not None:
-                module.bias.data = torch.randn(module.bias.shape, generator=draw).to(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            signs = 1 - 2.0 * torch.randint(2, module.weight.shape, generator=draw)
-            module.weight.data = (signs * (0.5 + torch.rand(signs.shape, generator=draw))).to(module.weight)
-            module.bias.data = (0.2 + torch.rand(signs.shape, generator=draw)).to(module.bias)
-            mean, variance, _ = module.buffers()
-            mean.copy_(torch.randn(signs.shape, generator=draw))
-            variance.copy_(0.5 + torch.rand(signs.shape, generator=draw))
-    for name, parameter in model.named_parameters():
-        if name.endswith("layer_scale.gamma"):
-            parameter.data.fill_(1.0)  # at its initial 1e-5 whole blocks would not matter
-    return model
 
 
 def calibrate(model, x):

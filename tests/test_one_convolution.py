@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from small_branches import Forms, batch, both_forms, difference, errors, norm, rounded, step, to
-from small_students import MODELS, grad, images, randomise, stock
+from small_students import MODELS, images, stock
+from small_weights import grad, randomise
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 

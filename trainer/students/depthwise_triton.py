@@ -173,6 +173,15 @@ def _stencils(
     return torch.einsum("ay,bx,yxdc->abdc", rows, columns, by_tap.unflatten(0, (height, width)))
 
 
+# Sizes are not told apart by what divides them, or many of a network's layers would be compiled anew. The channels
+# are: on them depends how much is loaded at once.
+_SIZES = (
+    "batch", "height", "width", "out_height", "out_width", "top", "before", "left_height", "left_width", "left_top",
+    "left_before", "right_height", "right_width", "right_top", "right_before", "stride_y", "stride_x", "first", "line",
+    "count", "column_sets",
+)  # fmt: skip
+
+
 @triton.jit
 def _pixels(images, n, y, x, c, batch, height, width, channels):
     """Pixels of images [batch, height, width, channels]; zeros outside of them."""
@@ -181,7 +190,7 @@ def _pixels(images, n, y, x, c, batch, height, width, channels):
     return tl.load(images + place, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _products_kernel(
     left, right, shift, result, batch, channels, left_height, left_width, left_top, left_before, right_height,
     right_width, right_top, right_before, width, stride_y, stride_x, first, line, count,
@@ -203,7 +212,7 @@ def _products_kernel(
     tl.store(result + place, total, mask=(x < width) & (p <= count) & (c < channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     x, kernel, bias, result, low, high, batch, channels, height, width, out_height, out_width, top, before,
     KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
@@ -223,7 +232,7 @@ def _forward_kernel(
     tl.store(result + place, v, mask=(n < batch) & (p < out_height * out_width) & (c < channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
     x, dy, kernel, table, row_set, column_set, column_sets, result,
     batch, channels, height, width, out_height, out_width, top, before,

@@ -1,0 +1,30 @@
+"""What training might leave in a network, and the gradients in it; benchmarks/gpu_check.py uses it, too."""
+
+import torch
+from torch import nn
+
+
+def grad(parameter):
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def randomise(model, seed=1):
+    """Weights, gammas, betas and statistics far from where they start, and nowhere zero."""
+    draw = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(1 + torch.rand(module.weight.shape, generator=draw))
+            if module.bias is not None:
+                module.bias.data = torch.randn(module.bias.shape, generator=draw).to(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            signs = 1 - 2.0 * torch.randint(2, module.weight.shape, generator=draw)
+            module.weight.data = (signs * (0.5 + torch.rand(signs.shape, generator=draw))).to(module.weight)
+            module.bias.data = (0.2 + torch.rand(signs.shape, generator=draw)).to(module.bias)
+            mean, variance, _ = module.buffers()
+            mean.copy_(torch.randn(signs.shape, generator=draw))
+            variance.copy_(0.5 + torch.rand(signs.shape, generator=draw))
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale.gamma"):
+            parameter.data.fill_(1.0)  # at its initial 1e-5 whole blocks would not matter
+    return model
