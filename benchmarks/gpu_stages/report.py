@@ -1,0 +1,126 @@
+"""gpu-report.json: every result is in it as soon as there is one, and a second run goes on from there."""
+
+import hashlib
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from gpu_stages import STAGES
+from pipeline.errors import DataError
+from pipeline.files import write_atomically
+
+VERSION = 1
+ROOT = Path(__file__).parents[2]
+
+
+class Report:
+    """The results of some runs of the check on one machine.
+
+    A stage has the checks that it plans and, for each that was begun, its status (running, ok, failed or skipped), why
+    it failed or was skipped, its seconds, its figures, its date, the run that it belongs to, and a digest of the code.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self._path, self.content = path, content
+
+    @classmethod
+    def open(cls, path: Path, machine: dict[str, Any], tiny: bool) -> "Report":
+        """The report at a path, or a new one. Raises DataError for a report of another machine, and for other files."""
+        new = {"version": VERSION, "machine": machine, "tiny": tiny, "stages": {}}
+        if not path.exists():
+            return cls(path, new)
+        report = cls.read(path)
+        found = [f"tiny: {report.content['tiny']}"] if report.content["tiny"] != tiny else []
+        found += _differences(report.content["machine"], machine)
+        if found:
+            raise DataError(
+                f"{path}: expected a report of this machine and these options, found another: {'; '.join(found)}; "
+                "name another file with --out"
+            )
+        report.content["machine"] = machine
+        return report
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """Raises DataError when there is none, or something else."""
+        try:
+            content = json.loads(path.read_bytes())
+            if content["version"] != VERSION or not {"machine", "tiny", "stages"} <= content.keys():
+                raise ValueError
+        except (OSError, ValueError, TypeError, KeyError):
+            raise DataError(
+                f"{path}: expected a report of benchmarks/gpu_check.py, found none or something else; name another file"
+            ) from None
+        return cls(path, content)
+
+    def save(self) -> None:
+        write_atomically(self._path, (json.dumps(self.content, indent=1) + "\n").encode())
+
+    def plan(self, stage: str, names: list[str]) -> None:
+        self._stage(stage)["planned"] = names
+        self.save()
+
+    def planned(self, stage: str) -> list[str]:
+        return self._stage(stage)["planned"]
+
+    def checks(self, stage: str) -> dict[str, dict[str, Any]]:
+        return self._stage(stage)["checks"]
+
+    def begun(self, stage: str, run: str) -> int:
+        """How many checks of a stage a run has begun."""
+        return sum(check["run"] == run for check in self.checks(stage).values())
+
+    def pending(self, stage: str, run: str) -> list[str]:
+        """What is neither ok nor was begun in this run: first what was never begun, then what failed or was skipped."""
+        checks = self.checks(stage)
+        left = [name for name in self.planned(stage) if checks.get(name, {}).get("status") != "ok"]
+        left = [name for name in left if checks.get(name, {}).get("run") != run]
+        return sorted(left, key=lambda name: name in checks)
+
+    def record(self, stage: str, check: str, status: str, **more: Any) -> None:
+        """Replace what is known of a check."""
+        self.checks(stage)[check] = {"status": status, "date": date.today().isoformat(), "code": code_digest()} | more
+        self.save()
+
+    def conclude(self, stage: str, why: str = "") -> str:
+        """Give a stage its status, from its checks; `why` is for one whose process could not begin."""
+        checks, planned = self.checks(stage), self.planned(stage)
+        counted = {status: [n for n, c in checks.items() if c["status"] == status] for status in ("failed", "skipped")}
+        missing = [name for name in planned if name not in checks]
+        reasons = [why] if why else []
+        if counted["failed"]:
+            reasons.append(f"failed: {', '.join(counted['failed'])}")
+        if missing:
+            reasons.append(f"not reached: {', '.join(missing)}; run again to go on")
+        if reasons:
+            status = "failed"
+        else:
+            status = "skipped" if counted["skipped"] == planned else "ok"
+            reasons = [f"skipped: {', '.join(counted['skipped'])}"] if counted["skipped"] else []
+        self._stage(stage).update(status=status, why="; ".join(reasons))
+        self.save()
+        return status
+
+    def _stage(self, stage: str) -> dict[str, Any]:
+        assert stage in STAGES, stage
+        return self.content["stages"].setdefault(stage, {"status": "", "why": "", "planned": [], "checks": {}})
+
+
+def code_digest() -> str:
+    """Of all Python files that a figure can depend on. In a kit the packages are installed elsewhere; then of the
+    benchmarks alone, beside the package's version in `machine`."""
+    state = hashlib.blake2b(digest_size=8)
+    for folder in ("benchmarks", "pipeline", "teachers", "trainer"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            state.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What is not the same; a package that was installed since is no difference."""
+    return [
+        f"{key}: {found.get(key)!r} instead of {wanted[key]!r}"
+        for key in wanted
+        if found.get(key) != wanted[key] and found.get(key) is not None
+    ]

@@ -1,0 +1,172 @@
+"""The trainer on the device: a run that goes on from a checkpoint equals one that did not stop; half precision learns.
+
+Images are small and say their class, soft labels come from made-up logits; no packed file, no store, no teacher.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gpu_stages.layers import interpreted
+from gpu_stages.stage import COMPILER, Check, Outcome, Setting
+from pipeline.topk import decode_on, encode
+
+if TYPE_CHECKING:
+    from trainer.learner import Learner
+
+NEEDS = ("accelerate", "pydantic", "ruamel.yaml", "safetensors")
+CLASSES, SIZE = 10, 32
+# Where convolutions may choose their algorithm anew, sums differ in their last bits. LAMB moves a weight by about the
+# rate, 0.001 here, whatever its gradient: where a gradient is nearly zero its sign is, too.
+RESUMED = {"float32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # the norm of the difference, relative to that of the weights
+RECIPE: dict[str, Any] = {
+    "data": {"train": "none", "validation": "none", "labels": "none", "size": SIZE},
+    "loss": {"alpha": 0.9, "temperature": 2.0},
+    "optimizer": {"name": "lamb", "lr": 1e-3, "clip_grad": 1.0},
+    "schedule": {"name": "constant", "epochs": 1},
+    "ema": {"decay": 0.9, "warmup": True},
+    "output": "none",
+}
+
+
+def checks(setting: Setting) -> list[Check]:
+    triton = (*NEEDS, "triton") if setting.device == "cpu" else (*NEEDS, "triton", COMPILER)
+    precisions = ("float32", "bf16") if setting.device == "cpu" else ("float32", "bf16", "fp16")
+    both = [(precision, form) for precision in precisions for form in ("auto", "triton")]
+    if setting.tiny:  # Triton's interpreter takes seconds for a step
+        both.remove(("bf16", "triton"))
+    needs = {"auto": NEEDS, "triton": triton}
+    resume = [
+        Check(f"resume: {p}, {f}", lambda setting, p=p, f=f: check_resume(setting, p, f), needs[f])
+        for p, f in both
+        if not (setting.tiny and f == "triton")
+    ]
+    learn = [
+        Check(f"learn: {p}, {f}", lambda setting, p=p, f=f: check_learning(setting, p, f), needs[f]) for p, f in both
+    ]
+    return resume + learn
+
+
+def check_resume(setting: Setting, precision: str, form: str) -> Outcome:
+    """Four updates, against two, a checkpoint, and two more of another learner: weights, average, optimiser and loss
+    scale; under deterministic algorithms bit for bit."""
+    outcome = Outcome()
+    for deterministic in (True, False):
+        with algorithms(deterministic), interpreted(setting.device if form == "triton" else ""):
+            whole, resumed = _whole_and_resumed(setting, precision, form)
+        differences = _differences(whole, resumed)
+        name = "deterministic" if deterministic else "cudnn.benchmark"
+        outcome.figures[name] = {"tensors": len(differences), "largest difference": max(differences.values())}
+        limit = 0.0 if deterministic or setting.device == "cpu" else RESUMED[precision]
+        for tensor, difference in differences.items():
+            problem = f"{name}: {tensor} differs by {difference:.1e} (at most {limit:g})"
+            outcome.expect(difference <= limit, problem)
+    return outcome
+
+
+def _whole_and_resumed(setting: Setting, precision: str, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from trainer.checkpoint import load_checkpoint, save_checkpoint
+
+    whole = make(setting, precision, form)
+    train(whole, setting, range(2))
+    folder = Path(setting.folder) / f"resume {precision} {form}"
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(folder, whole.state_dict())
+    train(whole, setting, range(2, 4))
+    resumed, state = make(setting, precision, form), load_checkpoint(folder)
+    assert state is not None
+    resumed.load_state_dict(state)
+    train(resumed, setting, range(2, 4))
+    return whole.state_dict(), resumed.state_dict()
+
+
+def check_learning(setting: Setting, precision: str, form: str) -> Outcome:
+    """200 updates on images that say their class: every loss finite, the last ones below half of the first ones."""
+    learner = make(setting, precision, form)
+    count = 1 if setting.tiny else 200
+    with interpreted(setting.device if form == "triton" else ""):
+        losses = train(learner, setting, range(count))
+    first, last = losses[: count // 10 + 1].mean().item(), losses[-(count // 10 + 1) :].mean().item()
+    outcome = Outcome({"first losses": first, "last losses": last, "updates": count})
+    outcome.expect(bool(losses.isfinite().all()), f"losses that are not finite: {int((~losses.isfinite()).sum())}")
+    outcome.expect(learner.is_finite(), "weights that are not finite")
+    outcome.expect(setting.tiny or last < first / 2, f"loss fell from {first:.3f} to {last:.3f} only")
+    if learner.accelerator.scaler:
+        outcome.figures["loss scale"] = learner.accelerator.scaler.get_scale()
+        outcome.figures["updates left out"] = int(learner.accelerator.optimizer_step_was_skipped)
+    return outcome
+
+
+def make(setting: Setting, precision: str, form: str) -> "Learner":
+    """A student of few layers with branches, its optimiser and its average, as `train` makes them."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from trainer.learner import make_learner
+    from trainer.recipe import TrainRecipe
+
+    student = {"model": "test_efficientnet" if setting.tiny else "mobilenetv2_050", "num_classes": CLASSES}
+    student["expand"] = {"branches": 2, "branches_as": form}
+    batch = {"batch_size": 4 if setting.tiny else 64, "precision": precision}
+    recipe = TrainRecipe.model_validate(RECIPE | batch | {"student": student})
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision than that of the check before
+    mixed = {"float32": "no"}.get(precision, precision)
+    return make_learner(Accelerator(cpu=setting.device == "cpu", mixed_precision=mixed), recipe, steps=1000)
+
+
+def train(learner: "Learner", setting: Setting, updates: range) -> torch.Tensor:
+    """The losses of some updates [U], each on its own batch, on the CPU."""
+    from pipeline.batch import Batch
+
+    device, losses = learner.accelerator.device, []
+    learner.model.train()
+    for update in updates:
+        images, labels, logits = _batch(learner.recipe.batch_size, update)
+        soft = decode_on(device, encode(logits, 5), CLASSES, learner.temperature(update))
+        images = images.to(device, memory_format=torch.channels_last)
+        batch = Batch(images, np.arange(len(labels)), labels.to(device), None)
+        learner.begin(update)
+        losses.append(learner.learn(update, batch, [(1.0, soft)]).total.detach())
+    return torch.stack(losses).cpu()
+
+
+def _batch(count: int, update: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise, with a pattern of its class on top: uint8 [B, 3, S, S]; classes [B]; a teacher's logits [B, C]."""
+    patterns = torch.randn(CLASSES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1 + update)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    noise = torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    images = (128 + 30 * (patterns[labels] + noise)).clamp(0, 255).to(torch.uint8)
+    logits = 6.0 * torch.nn.functional.one_hot(labels, CLASSES) + torch.randn(count, CLASSES, generator=generator)
+    return images, labels, logits
+
+
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Deterministic algorithms alone, or the fastest ones, as `train` takes them."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+
+
+def _differences(found: Any, expected: Any, where: str = "") -> dict[str, float]:
+    """For each tensor and number of two states the norm of their difference, relative to that of what is expected."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        parts = [_differences(found[key], value, f"{where}/{key}") for key, value in expected.items()]
+    elif isinstance(expected, list | tuple):
+        parts = [_differences(a, b, f"{where}/{n}") for n, (a, b) in enumerate(zip(found, expected, strict=True))]
+    else:
+        if not isinstance(expected, torch.Tensor):
+            return {where: 0.0 if found == expected else float("inf")}
+        a, b = found.cpu().double(), expected.cpu().double()
+        return {where: 0.0 if torch.equal(a, b) else float((a - b).norm() / b.norm().clamp_min(1e-12))}
+    return {name: value for part in parts for name, value in part.items()}
