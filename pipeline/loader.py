@@ -98,9 +98,11 @@ class ViewLoader:
                 copied = None if self._device.type == "cpu" else torch.Event(self._device, blocking=True)
                 if copied:
                     copied.record()
-                yield batch
-                if copied:
-                    copied.synchronize()  # only now may the decoder write to this memory again
+                try:
+                    yield batch
+                finally:
+                    if copied:
+                        copied.synchronize()  # only now may the decoder write to this memory again, or give it back
                 start = end
         except _DecodeError as error:
             keys = [self._beton.manifest.keys[row] for row in error.rows]
@@ -204,11 +206,14 @@ class _ViewEpoch(EpochIterator):
 
     def __init__(self, loader: Loader, rows: NDArray, views: NDArray, partners: NDArray, workers: int) -> None:
         self._views, self._partners, self._workers, self._error = views, partners, workers, None
+        self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         super().__init__(loader, rows.astype(np.uint64))  # pyright: ignore[reportArgumentType]  # starts the thread
 
     def run(self) -> None:
         """FFCV's own loop sets torch's number of threads, and does not look whether it should end while it has room."""
         try:
+            if self._device_index is not None:
+                torch.accelerator.set_device_index(self._device_index)  # threads begin with the first one
             # Threads of the epoch's own: numba's layers do not survive a fork, or abort on concurrent use.
             with ThreadPoolExecutor(self._workers, "decode") as pool:
                 self.storage_state = (pool, self.storage_state)

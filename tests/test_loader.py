@@ -385,3 +385,34 @@ def test_batches_on_an_accelerator_are_those_of_the_cpu(digits, pairs, views: Vi
     for images, labels, other_images, other_labels in held:
         assert torch.equal(images, other_images.cpu())
         assert torch.equal(labels, other_labels.cpu())
+
+
+@pytest.mark.parametrize("left_early", [True, False])
+def test_memory_is_given_back_when_its_copy_is_done(digits, monkeypatch, left_early: bool) -> None:
+    """Whichever way the loop ends. Tensors of the device `meta` stand for those of a GPU."""
+    event = Mock()
+    monkeypatch.setattr(pipeline.loader.torch, "Event", event)
+    batches = ViewLoader(digits, RECIPE, SIZE, 16, 2, torch.device("meta")).render(np.arange(32), 0)
+    next(batches)
+    assert not event().synchronize.called, "the device is waited for when the next batch is asked for, not before"
+    if left_early:
+        batches.close()
+    else:
+        next(batches)
+    event().record.assert_called()
+    assert event().synchronize.call_count == 1
+    batches.close()
+
+
+def test_the_decoding_thread_uses_its_process_device(digits, monkeypatch) -> None:
+    """Threads begin with the first GPU: those of another process would hold memory there."""
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(
+        torch.accelerator, "set_device_index", lambda index: chosen.append((threading.current_thread(), index))
+    )
+    pixels(make(digits), np.arange(2), 0)
+    [(thread, index)] = chosen
+    assert thread is not threading.main_thread()
+    assert index == 3
