@@ -8,15 +8,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from braceexpand import braceexpand
 from tqdm import tqdm
 
 from pipeline.errors import DataError, few
-from pipeline.parquet import Table, read_images, read_table
 from pipeline.recipe import ColumnsRecipe, SourceRecipe
 from pipeline.tars import tar_images
+
+if TYPE_CHECKING:
+    from pipeline.parquet import Table
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's list
 MOST_CLASSES = 1 << 20  # without a class list; far beyond any data set, and a wrong number must not fill the memory
@@ -109,6 +111,8 @@ def parquet(files: list[Path], names: list[str] | None, columns: ColumnsRecipe) 
     are numbers into the class list. A sample's key is its path in the image column when every row has a different one,
     otherwise FILE/ROW.
     """
+    from pipeline.parquet import read_table  # here: pyarrow is large, and nothing else needs it
+
     tables = [read_table(file, columns) for file in tqdm(files, "index", unit="file", mininterval=0.5)]
     labels = [label for table in tables for label in table.labels.tolist()]
     if not labels:
@@ -129,7 +133,7 @@ def parquet(files: list[Path], names: list[str] | None, columns: ColumnsRecipe) 
     return Source(names or known, keys, sum(sizes), min(max(sizes), PARQUET_LARGEST), samples)
 
 
-def _parquet_keys(files: list[Path], tables: list[Table]) -> list[str]:
+def _parquet_keys(files: list[Path], tables: "list[Table]") -> list[str]:
     paths = [path for table in tables for path in table.paths]
     if all(paths) and len(set(paths)) == len(paths):
         return [path for path in paths if path]
@@ -139,6 +143,8 @@ def _parquet_keys(files: list[Path], tables: list[Table]) -> list[str]:
 
 
 def _parquet_samples(files: list[Path], columns: ColumnsRecipe, keys: list[str], labels: list[int]) -> Iterator[Sample]:
+    from pipeline.parquet import read_images
+
     rows = ((f"{file}: row {row}", read) for file in files for row, read in enumerate(read_images(file, columns)))
     for key, label, (where, read) in zip(keys, labels, rows, strict=True):
         yield Sample(key, label, where, read)
