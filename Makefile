@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest \
 # seeds.py comes after these, since it takes the demo's data.
 BENCHMARKS := kernels loader pack store label branches latency step
 
-.PHONY: help setup demo test check bench bench-seeds ablation-smoke clean
+.PHONY: help setup demo test check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
 
 help:
 	@echo "make demo   pack, label, train, fold and export on real images; prints a table (about 10 minutes on 2 cores)"
@@ -15,6 +15,9 @@ help:
 	@echo "make check  ruff, pyright and the tests"
 	@echo "make bench  the benchmarks, and for the last of them the demo"
 	@echo "make ablation-smoke  every row of the study in configs/README.md, two steps each, on a few digits"
+	@echo "make gpu-check  everything a GPU must prove, within 25 minutes; results go to gpu-report.json (GPU_CHECK=options)"
+	@echo "make gpu-kit  a folder to copy to a GPU machine without network (KIT_PYTHON=python3.12: that machine's version)"
+	@echo "make gpu-table  put the tables of benchmarks/reports/ into README.md"
 	@echo "make clean  remove what the demo made"
 
 setup: .venv/.ready
@@ -45,6 +48,18 @@ bench-seeds: demo
 
 ablation-smoke: setup
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) scripts/ablation_smoke.py
+
+gpu-check: setup
+	@status=0; $(PYTHON_BIN) benchmarks/gpu_check.py $(GPU_CHECK) || status=$$?; \
+	$(PYTHON_BIN) -m pytest -m gpu || status=$$?; exit $$status
+
+# KIT_PYTHON is a Python here, with its headers, of the version that the GPU machine has.
+KIT_PYTHON ?= python3.12
+gpu-kit: setup
+	$(PYTHON_BIN) scripts/gpu_kit.py --python $(KIT_PYTHON)
+
+gpu-table: setup
+	$(PYTHON_BIN) benchmarks/gpu_table.py --into README.md $(wildcard benchmarks/reports/*.json)
 
 clean:
 	rm -rf data/demo runs/demo export/demo

@@ -12,7 +12,7 @@ that fails, hangs or breaks the device costs no other. A second run goes on wher
 stays, the rest is tried again. What needs a package that is not installed is skipped, and says so.
 
 On a GPU that is rented, copy the folder that `make gpu-kit` makes and run its run.sh. `--device cpu --tiny` tries the
-check itself. scripts/gpu_table.py makes tables from a report.
+check itself. gpu_table.py makes tables from a report.
 """
 
 import argparse

@@ -143,6 +143,17 @@ def test_kernels_compile_for_gpus(name: str, size: Any, tmp_path: Path, monkeypa
         assert compiled.asm["cubin"]
 
 
+@pytest.mark.parametrize("name", ["_products_kernel", "_forward_kernel", "_backward_kernel"])
+def test_kernels_are_compiled_once_for_all_sizes(name: str) -> None:
+    """Of integers only the channels may choose another compilation, by what divides them."""
+    from trainer.students import depthwise_triton
+
+    parameters = getattr(depthwise_triton, name).params
+    told_apart = {each.name for each in parameters if not each.is_constexpr and not each.do_not_specialize}
+    arrays = {"left", "right", "shift", "x", "dy", "kernel", "bias", "table", "row_set", "column_set", "result"}
+    assert told_apart - arrays - {"low", "high"} == {"channels"}
+
+
 def check_kernels(number: int, dtype: torch.dtype, tolerance: float) -> None:
     from trainer.students import depthwise_triton as kernels
 

@@ -58,7 +58,10 @@ class Report:
         write_atomically(self._path, (json.dumps(self.content, indent=1) + "\n").encode())
 
     def plan(self, stage: str, names: list[str]) -> None:
-        self._stage(stage)["planned"] = names
+        """What a stage consists of now; results of checks that are no longer among it are forgotten."""
+        found = self._stage(stage)
+        found["planned"] = names
+        found["checks"] = {name: check for name, check in found["checks"].items() if name in names}
         self.save()
 
     def planned(self, stage: str) -> list[str]:
