@@ -13,8 +13,8 @@ from trainer.students import build_student, expand, fold
 
 CLASSES = 10
 # Norms of differences, relative to those of what is expected. On a CPU folding in float32 loses some 1e-6 of the
-# logits, and a step in float64 up to 1e-12 of the gradients. In float32 batch norms amplify rounding from layer to layer
-# until whole networks show little: layers.py compares single ones.
+# logits, and a step in float64 up to 1e-12 of the gradients. In float32 batch norms amplify rounding from layer to
+# layer until whole networks show little: layers.py compares single ones.
 FOLD_TOLERANCE, STEP_TOLERANCE = 1e-4, 1e-8
 
 

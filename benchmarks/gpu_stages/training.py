@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 NEEDS = ("accelerate", "pydantic", "ruamel.yaml", "safetensors")
 CLASSES, SIZE = 10, 32
-# Where convolutions may choose their algorithm anew, sums differ in their last bits. LAMB moves a weight by about the
-# rate, 0.001 here, whatever its gradient: where a gradient is nearly zero its sign is, too.
-RESUMED = {"float32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # the norm of the difference, relative to that of the weights
+# Of states in float32, where convolutions may choose another algorithm, whose sums differ in their last bits. On a CPU
+# weights that are 3e-7 off lead to 3e-5 in student and average and 1e-3 in the optimiser; moments that a checkpoint had
+# forgotten, to 2e-3 and 3e-2. (In bf16 both lead to 3e-3 and 3e-2: that shows nothing.)
+RESUMED = {"student": 3e-4, "ema": 3e-4, "optimizer": 5e-3, "scaler": 0.0}
 RECIPE: dict[str, Any] = {
     "data": {"train": "none", "validation": "none", "labels": "none", "size": SIZE},
     "loss": {"alpha": 0.9, "temperature": 2.0},
@@ -53,18 +54,16 @@ def checks(setting: Setting) -> list[Check]:
 
 def check_resume(setting: Setting, precision: str, form: str) -> Outcome:
     """Four updates, against two, a checkpoint, and two more of another learner: weights, average, optimiser and loss
-    scale; under deterministic algorithms bit for bit."""
+    scale; under deterministic algorithms bit for bit, in float32 also under those that `train` takes, nearly."""
     outcome = Outcome()
-    for deterministic in (True, False):
+    for deterministic in (True, False) if precision == "float32" else (True,):
         with algorithms(deterministic), interpreted(setting.device if form == "triton" else ""):
             whole, resumed = _whole_and_resumed(setting, precision, form)
-        differences = _differences(whole, resumed)
         name = "deterministic" if deterministic else "cudnn.benchmark"
-        outcome.figures[name] = {"tensors": len(differences), "largest difference": max(differences.values())}
-        limit = 0.0 if deterministic or setting.device == "cpu" else RESUMED[precision]
-        for tensor, difference in differences.items():
-            problem = f"{name}: {tensor} differs by {difference:.1e} (at most {limit:g})"
-            outcome.expect(difference <= limit, problem)
+        found = outcome.figures[name] = {part: _difference(resumed[part], whole[part]) for part in whole}
+        for part, difference in found.items():
+            limit = 0.0 if deterministic or setting.device == "cpu" else RESUMED[part]
+            outcome.expect(difference <= limit, f"{name}: {part} differs by {difference:.1e} (at most {limit:g})")
     return outcome
 
 
@@ -97,7 +96,6 @@ def check_learning(setting: Setting, precision: str, form: str) -> Outcome:
     outcome.expect(setting.tiny or last < first / 2, f"loss fell from {first:.3f} to {last:.3f} only")
     if learner.accelerator.scaler:
         outcome.figures["loss scale"] = learner.accelerator.scaler.get_scale()
-        outcome.figures["updates left out"] = int(learner.accelerator.optimizer_step_was_skipped)
     return outcome
 
 
@@ -157,16 +155,28 @@ def algorithms(deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = False
 
 
-def _differences(found: Any, expected: Any, where: str = "") -> dict[str, float]:
-    """For each tensor and number of two states the norm of their difference, relative to that of what is expected."""
+def _difference(found: Any, expected: Any) -> float:
+    """The norm of the difference of two states, relative to that of the second; infinite where numbers that are no
+    tensors differ. All tensors together: some gradients are nothing but rounding, and so are their averages."""
+    pairs = list(_tensors(found, expected))
+    if any(not isinstance(a, torch.Tensor) and a != b for a, b in pairs):
+        return float("inf")
+    tensors = [(a.cpu().double(), b.cpu().double()) for a, b in pairs if isinstance(a, torch.Tensor)]
+    if all(torch.equal(a, b) for a, b in tensors):
+        return 0.0
+    squares = [((a - b).square().sum(), b.square().sum()) for a, b in tensors]
+    different, whole = (float(torch.stack(part).sum()) for part in zip(*squares, strict=True))
+    return (different / whole) ** 0.5
+
+
+def _tensors(found: Any, expected: Any) -> Iterator[tuple[Any, Any]]:
+    """The tensors and numbers of two states, pair by pair."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        parts = [_differences(found[key], value, f"{where}/{key}") for key, value in expected.items()]
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            yield from _tensors(found[key], value)
     elif isinstance(expected, list | tuple):
-        parts = [_differences(a, b, f"{where}/{n}") for n, (a, b) in enumerate(zip(found, expected, strict=True))]
+        for a, b in zip(found, expected, strict=True):
+            yield from _tensors(a, b)
     else:
-        if not isinstance(expected, torch.Tensor):
-            return {where: 0.0 if found == expected else float("inf")}
-        a, b = found.cpu().double(), expected.cpu().double()
-        return {where: 0.0 if torch.equal(a, b) else float((a - b).norm() / b.norm().clamp_min(1e-12))}
-    return {name: value for part in parts for name, value in part.items()}
+        yield found, expected
