@@ -21,6 +21,7 @@ from small_branches import (
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
+from trainer.students import expand
 from trainer.students.pointwise import PointwiseBranches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,3 +178,17 @@ def test_models_in_bfloat16(shape):
         assert found["y"].dtype == torch.bfloat16
         assert (found["y"].double() - expected["y"]).abs().max() <= 0.04 * expected["y"].abs().max()  # 8 bits
         assert (found["d x"].double() - expected["d x"]).abs().max() <= 0.04 * expected["d x"].abs().max()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_compiler_takes_a_layer_as_a_whole(pooled):
+    """Behind it a gradient may lie in another way than the activation's output does."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), norm(16, "relu6"), nn.AdaptiveAvgPool2d(1 if pooled else 5))
+    model = expand(plain, torch.zeros(1, 8, 5, 5)).to(memory_format=torch.channels_last)
+    x = batch(3, 8, 5, 5).float().requires_grad_()
+    gradients = []
+    for form in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        (gradient,) = torch.autograd.grad(form(x).square().sum(), x)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)

@@ -72,7 +72,9 @@ class PointwiseBranches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
-        dy = _through(dy, y, ctx.limits)
+        # First, though rows_of would copy what lies otherwise: of layouts that differ torch.compile expects other strides
+        # of hardtanh_backward than it has.
+        dy = _through(dy.contiguous(memory_format=torch.channels_last), y, ctx.limits)
         with torch.autocast(x.device.type, enabled=False):
             rows, centred = rows_of(dy), (rows_of(x).to(weight.dtype) - mean_of_x).to(dy.dtype)
             correlation, total = (rows.t() @ centred).to(weight.dtype), rows.sum(0, dtype=weight.dtype)

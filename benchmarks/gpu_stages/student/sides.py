@@ -1,0 +1,196 @@
+"""A student with all that trains it and one batch: what every side of the student's stage is made of."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import timm.data
+import timm.optim
+import torch
+from numpy.typing import NDArray
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from gpu_stages.stage import Setting
+from pipeline.topk import Codes, SoftLabels, decode_on, encode, encode_template
+from trainer.losses import distillation_loss
+from trainer.students import build_student, expand
+from trainer.students.branches import MultiBranchConv
+from trainer.students.one_convolution import trains_as_one
+
+# The values of configs/train/; the learning rate is one of the first epoch's, from which no start diverges.
+ALPHA, SMOOTHING, DECAY, WEIGHT_DECAY, LR = 0.9, 0.1, 0.9999, 0.05, 1e-3
+TEMPERATURE = 1.0
+# The product's forms, by what they are called in the figures. On a GPU `auto` trains 1 x 1 layers in closed form and
+# depthwise ones as separate branches; on a CPU those have kernels in C.
+FORMS: dict[str, str | None] = {"plain": None, "separate": "separate", "closed": "auto", "triton": "triton"}
+SEPARATE, IN_C = "separate", "kernels in C"
+
+
+@dataclass(frozen=True)
+class Size:
+    """`batches`: a usual one and a large one."""
+
+    pixels: int
+    classes: int
+    k: int
+    batches: tuple[int, int]
+    rounds: int
+    warmup: int
+
+
+def size_of(setting: Setting) -> Size:
+    return Size(64, 10, 4, (2, 3), 1, 0) if setting.tiny else Size(224, 1000, 10, (256, 1024), 12, 3)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and hard labels on the device; the codes of their soft labels and their tail templates in memory."""
+
+    images: Tensor  # uint8 [B, 3, S, S]
+    labels: Tensor  # int64 [B]
+    codes: Codes
+    template: NDArray[np.uint8]
+
+
+def random_batch(images: int, size: Size, device: torch.device, layout: torch.memory_format) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, size.classes, (images,), generator=generator)
+    logits = 3 * torch.randn(images, size.classes, generator=generator)
+    template = encode_template(logits[:, None]).numpy()
+    pixels = random_images(images, size.pixels, device).contiguous(memory_format=layout)
+    return Batch(pixels, labels.to(device), encode(logits, size.k), template)
+
+
+def random_images(images: int, pixels: int, device: torch.device) -> Tensor:
+    """uint8 [B, 3, S, S], drawn on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (images, 3, pixels, pixels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+
+class Student(nn.Module):
+    """trainer/student.py's: it normalises its pixels itself. That module needs pydantic, which may not be installed."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        settings = timm.data.resolve_model_data_config(network)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(settings[name]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalised(images))
+
+
+class Training:
+    """A student, its optimiser and average as trainer/learner.py makes them, and the parts of a step.
+
+    `model` is what runs: the student, or what was compiled from it.
+    """
+
+    def __init__(self, student: Student, batch: Batch, size: Size, device: torch.device) -> None:
+        self.student, self.batch, self.size, self.device = student, batch, size, device
+        self.model: Callable[[Tensor], Tensor] = student
+        self.optimizer = timm.optim.create_optimizer_v2(student.network, "lamb", LR, WEIGHT_DECAY)
+        self.ema = ModelEmaV3(student, DECAY)
+        self.updates = 0
+
+    def step(self) -> Tensor:
+        """A whole step of training; the value of its loss."""
+        loss = self.passes(self.soft())
+        self.update()
+        self.optimizer.zero_grad()
+        return loss
+
+    def soft(self) -> SoftLabels:
+        batch = self.batch
+        return decode_on(self.device, batch.codes, self.size.classes, TEMPERATURE, batch.template)
+
+    def passes(self, soft: SoftLabels) -> Tensor:
+        """Forward and backward, on both kinds of labels. The value is detached: a loss that were kept would keep the
+        nodes of its graph, and with them the stream that they were made on."""
+        with self.autocast():
+            logits = self.model(self.batch.images)
+        loss = distillation_loss(
+            logits.float(),
+            self.batch.labels,
+            [(1.0, soft)],
+            alpha=ALPHA,
+            temperature=TEMPERATURE,
+            tail="spread",
+            label_smoothing=SMOOTHING,
+        ).total
+        loss.backward()
+        return loss.detach()
+
+    def passes_alone(self) -> Tensor:
+        """Forward and backward with the least of a loss: what no trainer can do without."""
+        with self.autocast():
+            loss = nn.functional.cross_entropy(self.model(self.batch.images), self.batch.labels)
+        loss.backward()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Weights and their average; gradients stay, since those of a captured pass must."""
+        self.optimizer.step()
+        self.updates += 1
+        self.ema.update(self.student, step=self.updates)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def make_training(model: str, form: str, images: int, setting: Setting, channels_last: bool = True) -> Training:
+    size, device = size_of(setting), torch.device(setting.device)
+    torch.backends.cudnn.benchmark = True  # as trainer/train.py has it
+    torch.manual_seed(0)
+    network = build_student(model, size.classes)
+    branches_as = FORMS[form]
+    if branches_as:
+        network = expand(network, torch.zeros(1, 3, size.pixels, size.pixels), branches_as=branches_as)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    student = Student(network).to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    return Training(student, random_batch(images, size, device, layout), size, device)
+
+
+def layers_by_form(training: Training) -> dict[str, int]:
+    """How many layers of branches train in which form: each was asked during a forward pass, as it asks itself."""
+    counts: Counter[str] = Counter()
+
+    def ask(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, MultiBranchConv)
+        form, conv = module.form, module.plain.conv
+        as_one = form is not None and trains_as_one(form, conv, arguments[0], module.norms())
+        on_cpu = arguments[0].device.type == "cpu" and form in ("depthwise", "triton")
+        counts[SEPARATE if not as_one else IN_C if on_cpu else str(form)] += 1
+
+    layers = [module for module in training.student.modules() if isinstance(module, MultiBranchConv)]
+    hooks = [layer.register_forward_pre_hook(ask) for layer in layers]
+    with torch.no_grad(), training.autocast():
+        training.student(training.batch.images)
+    for hook in hooks:
+        hook.remove()
+    return dict(counts)
+
+
+def wrong_layers(form: str, found: dict[str, int], on_gpu: bool) -> str:
+    """What is not as the form claims; empty when all is. On a CPU depthwise layers have kernels in C, or none."""
+    as_one = {name for name in found if name != SEPARATE}
+    if form == "plain":
+        wrong = bool(found)
+    elif form == SEPARATE:
+        wrong = bool(as_one) or not found
+    else:
+        expected = {"closed", "triton"} if form == "triton" and on_gpu else {"closed"}
+        allowed = expected | {"stacked"} | (set() if on_gpu else {IN_C})
+        wrong = not expected <= as_one <= allowed or (form == "triton" and on_gpu and SEPARATE in found)
+    return f"expected layers in the form {form}, found {found or 'no layers of branches'}" if wrong else ""

@@ -1,0 +1,251 @@
+"""benchmarks/gpu_check.py: every stage at its smallest on the CPU, with and without what it can do without, and what
+becomes of checks that fail, hang or take their process with them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DRIVER = ("gpu_check.py", "gpu_stages/__init__.py", "gpu_stages/report.py", "gpu_stages/machine.py")
+DRIVER += ("gpu_stages/stage.py",)
+# all that Python 3.11-3.13, torch, timm, numpy and what these need do not bring
+ABSENT = (
+    "accelerate", "braceexpand", "cv2", "ffcv", "matplotlib", "mlxtend", "numba", "numcodecs", "obstore", "onnx",
+    "pandas", "psutil", "pyarrow", "pydantic", "ruamel", "scipy", "sklearn", "tensorboard", "triton", "webdataset",
+    "zarr",
+)  # fmt: skip
+FAKE = """
+import os, time
+from gpu_stages.stage import Check, Outcome, Skipped
+
+def log(setting, name):
+    with open({log!r}, "a") as file:
+        file.write(name + "\\n")
+
+def fine(setting):
+    log(setting, "fine")
+    return Outcome({{"ms": 1.5}})
+
+def wrong(setting):
+    log(setting, "wrong")
+    return Outcome({{"error": 2.0}}, ["error 2.0 (at most 1.0)"])
+
+def raises(setting):
+    raise ValueError("two\\nlines")
+
+def hangs(setting):
+    time.sleep(600)
+
+def dies(setting):
+    os._exit(7)
+
+def crashes(setting):
+    os.kill(os.getpid(), 11)
+
+def alone(setting):
+    raise Skipped("one GPU only")
+
+def checks(setting):
+    return [
+        Check("fine", fine), Check("wrong", wrong), Check("raises", raises), Check("hangs", hangs, seconds=1.0),
+        Check("dies", dies), Check("crashes", crashes), Check("lacks", fine, ("softshard_lacks_this",)),
+        Check("alone", alone), Check("last", fine),
+    ]
+"""
+
+
+def run(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The check on the CPU, with one thread; its report is in gpu-report.json of the folder."""
+    command = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--tiny", *options]
+    known = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "gpu-report.json").read_text())
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    """The driver alone, with a stage `numerics` of all that a check can do."""
+    for name in DRIVER:
+        (tmp_path / "benchmarks" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
+    write_fake(tmp_path, FAKE)
+    return tmp_path
+
+
+def write_fake(folder: Path, text: str) -> None:
+    (folder / "benchmarks/gpu_stages/numerics.py").write_text(text.format(log=str(folder / "log.txt")))
+
+
+@pytest.mark.parametrize("stage", ["numerics", "student", "teacher", "pipeline"])
+def test_every_stage_runs_on_a_cpu(stage: str, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    done = run(ROOT, "--stages", stage, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["stages"]
+    assert list(found) == [stage]
+    assert (found[stage]["status"], found[stage]["why"]) == ("ok", "")
+    assert list(found[stage]["checks"]) == found[stage]["planned"]
+    for name, check in found[stage]["checks"].items():
+        assert (check["status"], check["why"]) == ("ok", ""), name
+        assert check["figures"], name
+
+
+def test_what_fails_costs_nothing_else(fake: Path) -> None:
+    done = run(fake, "--stages", "numerics")
+    assert done.returncode == 1, done.stderr
+    stage = report_of(fake)["stages"]["numerics"]
+    assert {name: (check["status"], check["why"]) for name, check in stage["checks"].items()} == {
+        "fine": ("ok", ""),
+        "wrong": ("failed", "error 2.0 (at most 1.0)"),
+        "raises": ("failed", "ValueError: two lines"),
+        "hangs": ("failed", "took more than 1 s (where it was is in the output)"),
+        "dies": ("failed", "its process ended with status 7"),
+        "crashes": ("failed", "its process ended by SIGSEGV"),
+        "lacks": ("skipped", "needs softshard_lacks_this: No module named 'softshard_lacks_this'"),
+        "alone": ("skipped", "one GPU only"),
+        "last": ("ok", ""),
+    }
+    assert (stage["status"], stage["why"]) == ("failed", "failed: wrong, raises, hangs, dies, crashes")
+    assert stage["checks"]["fine"]["figures"] == {"ms": 1.5}
+    assert stage["checks"]["wrong"]["figures"] == {"error": 2.0}
+    assert "in hangs" in done.stderr
+    assert done.stdout.splitlines()[-1] == "gpu-check: numerics: failed (failed: wrong, raises, hangs, dies, crashes)"
+
+
+def test_a_second_run_goes_on(fake: Path) -> None:
+    run(fake, "--stages", "numerics")
+    assert (fake / "log.txt").read_text().split() == ["fine", "wrong", "fine"]
+    (fake / "log.txt").unlink()
+    mended = FAKE.replace('["error 2.0 (at most 1.0)"]', "[]").split("def checks")[0]
+    write_fake(fake, mended + 'def checks(setting):\n    return [Check("fine", fine), Check("wrong", wrong)]\n')
+    done = run(fake, "--stages", "numerics")
+    assert done.returncode == 0, done.stderr
+    assert (fake / "log.txt").read_text().split() == ["wrong"]
+    stage = report_of(fake)["stages"]["numerics"]
+    assert (stage["status"], stage["why"]) == ("ok", "")
+    assert stage["checks"]["fine"]["code"] != stage["checks"]["wrong"]["code"]
+
+
+def test_time_is_bounded_and_what_it_left_out_is_named(fake: Path) -> None:
+    write_fake(
+        fake,
+        FAKE.split("def checks")[0]
+        + 'def checks(setting):\n    return [Check("fine", fine), Check("hangs", hangs), Check("last", fine)]\n',
+    )
+    done = run(fake, "--stages", "numerics", "--seconds", "3")
+    assert done.returncode == 1
+    stage = report_of(fake)["stages"]["numerics"]
+    assert stage["checks"]["hangs"]["why"] == "the time of its stage was up"
+    assert stage["why"] == "failed: hangs; not reached: last; run again to go on"
+
+
+def test_a_stage_that_cannot_begin_has_failed(fake: Path) -> None:
+    write_fake(fake, "import softshard_lacks_this")
+    done = run(fake, "--stages", "numerics,student")
+    assert done.returncode == 1
+    why = "its process ended with status 1 before the first check"
+    for stage in ("numerics", "student"):
+        found = report_of(fake)["stages"][stage]
+        assert (found["status"], found["why"]) == ("failed", why)
+
+
+def test_reports_of_others_are_refused(fake: Path) -> None:
+    assert run(fake, "--stages", "numerics").returncode == 1
+    report = report_of(fake)
+    torch = report["machine"]["torch"]
+    changed = report | {"tiny": False, "machine": report["machine"] | {"torch": "1.0", "numpy": None}}
+    path = fake / "gpu-report.json"
+    path.write_text(json.dumps(changed))
+    done = run(fake, "--stages", "numerics")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "gpu-report.json: expected a report of this machine and these options, found another: tiny: False; "
+        f"torch: '1.0' instead of '{torch}'; name another file with --out\n",
+    )
+    for content in ("{", "[]", "{}", '{"version": 1}'):
+        path.write_text(content)
+        done = run(fake, "--stages", "numerics")
+        assert (done.returncode, done.stderr) == (
+            2,
+            "gpu-report.json: expected a report of benchmarks/gpu_check.py, found none or something else; "
+            "name another file\n",
+        )
+
+
+@pytest.mark.parametrize("stages", ["", "numeric", "numerics,numerics"])
+def test_unknown_stages_are_refused(fake: Path, stages: str) -> None:
+    done = run(fake, "--stages", stages)
+    assert done.returncode == 2
+    assert f"expected some of numerics,student,teacher,pipeline, each once, found {stages!r}" in done.stderr
+
+
+def test_without_a_gpu_it_says_so(fake: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_check.py"]
+    done = subprocess.run(
+        command, cwd=fake, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "gpu-check: expected a GPU for --device cuda, found no CUDA device that torch can use; run it where there is "
+        "one, or try the check itself with --device cpu --tiny\n",
+    )
+    assert not (fake / "gpu-report.json").exists()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, without what the compiler made, and a folder `absent` of packages that do not import."""
+    folder = tmp_path_factory.mktemp("bare")
+    for name in ("benchmarks", "pipeline", "teachers", "trainer", "configs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "golden"))
+    (folder / "absent").mkdir()
+    for name in ABSENT:
+        error = f'raise ModuleNotFoundError("No module named {name!r}", name={name!r})'
+        (folder / "absent" / f"{name}.py").write_text(error)
+    return folder
+
+
+def test_a_bare_machine_imports_students_losses_and_teachers(bare: Path) -> None:
+    code = """
+import sys, torch, timm
+import teachers, trainer.losses, trainer.students, pipeline.topk, pipeline.batch
+from trainer.students import build_student, expand, fold
+student = expand(build_student("test_efficientnet", 10), torch.zeros(1, 3, 32, 32))
+student(torch.randn(2, 3, 32, 32)).sum().backward()
+fold(student)
+timm.create_model("test_efficientnet", num_classes=10).load_state_dict(fold(student).state_dict(), strict=True)
+print(trainer.__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=bare, env=bare_environment(bare), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(bare / "trainer/__init__.py")), done.stderr
+
+
+@pytest.mark.parametrize("stage", ["numerics", "student", "teacher", "pipeline"])
+def test_a_bare_machine_skips_what_it_lacks(bare: Path, tmp_path: Path, stage: str) -> None:
+    """Without any package but torch, timm, numpy and theirs, without compiled extensions and without a compiler."""
+    out = tmp_path / "report.json"
+    done = run(bare, "--stages", stage, "--out", str(out), **bare_environment(bare))
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads(out.read_text())["stages"][stage]["checks"]
+    skipped = {name: check["why"] for name, check in checks.items() if check["status"] == "skipped"}
+    assert all(why.startswith("needs ") for why in skipped.values())
+    ran = [name for name in checks if name not in skipped]
+    assert all(checks[name]["status"] == "ok" for name in ran)
+    assert bool(ran) == (stage != "pipeline")
+    assert bool(skipped) == (stage != "teacher") or stage == "teacher"
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    return {"PATH": "", "CC": "", "PYTHONPATH": str(folder / "absent"), "HOME": str(folder)}
