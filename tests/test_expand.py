@@ -5,19 +5,8 @@ import sys
 
 import pytest
 import torch
-from small_students import (
-    ALL_KINDS,
-    calibrate,
-    difference,
-    each_model,
-    expanded,
-    grad,
-    images,
-    randomise,
-    small,
-    small_images,
-    stock,
-)
+from small_students import ALL_KINDS, calibrate, difference, each_model, expanded, images, small, small_images, stock
+from small_weights import grad, randomise
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 

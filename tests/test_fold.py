@@ -12,7 +12,6 @@ from small_students import (
     difference,
     each_model,
     images,
-    randomise,
     small,
     small_expanded,
     small_images,
@@ -21,6 +20,7 @@ from small_students import (
     train,
     trained,
 )
+from small_weights import randomise
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3

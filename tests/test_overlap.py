@@ -1,11 +1,13 @@
 import itertools
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
-from gpu_stages.overlap import covered, merged, overlap
+from gpu_stages.pipeline.overlap import covered, merged, overlap
 
 
-def cells(intervals: list[tuple[int, int]]) -> set[int]:
+def cells(intervals: Iterable[Any]) -> set[int]:
     """The same by brute force: which unit cells they cover."""
     return {cell for start, end in intervals for cell in range(start, end)}
 

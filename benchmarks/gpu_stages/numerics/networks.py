@@ -7,7 +7,7 @@ import torch
 from small_weights import randomise
 from torch import Tensor, nn
 
-from gpu_stages.layers import float32_by, interpreted
+from gpu_stages.numerics.layers import float32_by, interpreted
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 from trainer.students import build_student, expand, fold
 

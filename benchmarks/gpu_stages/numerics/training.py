@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gpu_stages.layers import interpreted
+from gpu_stages.numerics.layers import interpreted
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 from pipeline.topk import decode_on, encode
 

@@ -1,7 +1,7 @@
 """Does all of it work together: label and train on the demo's digits with the loader feeding the device?
 
 Labelling and training are the commands that users type. How well the loader feeds a student, and its copies, are looked
-at within the process (pipeline_feeding.py, pipeline_copies.py); several processes are in pipeline_processes.py.
+at within the process (feeding.py, copies.py); several processes are in processes.py.
 """
 
 import re
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_stages.pipeline_commands import (
+from gpu_stages.pipeline.commands import (
     PYTHON,
     Command,
     Done,
@@ -23,9 +23,9 @@ from gpu_stages.pipeline_commands import (
     run,
     train_words,
 )
-from gpu_stages.pipeline_copies import copies
-from gpu_stages.pipeline_feeding import feeding
-from gpu_stages.pipeline_processes import two_processes
+from gpu_stages.pipeline.copies import copies
+from gpu_stages.pipeline.feeding import feeding
+from gpu_stages.pipeline.processes import two_processes
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 
 # pipeline.loader stands for ffcv and numba, which it imports faster than they do by themselves

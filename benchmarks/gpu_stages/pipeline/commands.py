@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpu_stages.stage import Setting, Skipped, first_missing
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DIGITS = Path("data/demo")
 CLASSES, SIZE = 10, 32  # of the demo
 POLL_SECONDS = 0.05

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_stages.overlap import Interval, covered, overlap
-from gpu_stages.pipeline_feeding import Feed, Step, make_step, packed_images, scale_of
+from gpu_stages.pipeline.feeding import Feed, Step, make_step, packed_images, scale_of
+from gpu_stages.pipeline.overlap import Interval, covered, overlap
 from gpu_stages.stage import Outcome, Setting
 from gpu_stages.timing import synchronize
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gpu_stages.pipeline_commands import ROOT, cores, digits
+from gpu_stages.pipeline.commands import ROOT, cores, digits
 from gpu_stages.stage import Outcome, Setting, first_missing
 from gpu_stages.timing import cost_or_why, synchronize
 

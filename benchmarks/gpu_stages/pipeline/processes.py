@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpu_stages.pipeline_commands import PYTHON, label, labels, launcher, metrics, run, train_words
+from gpu_stages.pipeline.commands import PYTHON, label, labels, launcher, metrics, run, train_words
 from gpu_stages.stage import Outcome, Setting, Skipped
 
 # Batches are the same whatever the number of processes, and so are labels on equal GPUs; this is for unequal ones.

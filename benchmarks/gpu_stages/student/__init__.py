@@ -1,7 +1,7 @@
 """What does a step of a student cost: in every form, against timm's own step and against a teacher that runs along?
 
 A check's figures name its model, batch, pixels, layout and mode, and have costs (timing.Cost) by side. Sides are the
-forms of student_sides.py, or what a module of a mode says; one that the device's memory does not suffice for has `why`
+forms of sides.py, or what a module of a mode says; one that the device's memory does not suffice for has `why`
 in place of a cost. What goes wrong with one side leaves the others. The forms in Triton have checks of their own: these
 need more packages, and nobody knows yet what they do to a device.
 """
@@ -9,10 +9,10 @@ need more packages, and nobody knows yet what they do to a device.
 from collections.abc import Callable, Iterable, Sequence
 
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
-from gpu_stages.student_figures import Figures, Sides, attempt, begin, layers_of, measure, relate
-from gpu_stages.student_modes import compiled, graphs
-from gpu_stages.student_online import online
-from gpu_stages.student_sides import make_training, size_of
+from gpu_stages.student.figures import Figures, Sides, attempt, begin, layers_of, measure, relate
+from gpu_stages.student.modes import compiled, graphs
+from gpu_stages.student.online import online
+from gpu_stages.student.sides import make_training, size_of
 
 MODELS = ("mobilenetv2_100", "ghostnetv3_100")
 FORMS, TRITON = ("plain", "separate", "closed"), ("plain", "triton")

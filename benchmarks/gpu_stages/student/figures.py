@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpu_stages.stage import Outcome, Setting
-from gpu_stages.student_sides import Training, layers_by_form, size_of, wrong_layers
+from gpu_stages.student.sides import Training, layers_by_form, size_of, wrong_layers
 from gpu_stages.timing import OUT_OF_MEMORY, Step, cost, give_back, is_out_of_memory
 
 Figures = dict[str, Any]

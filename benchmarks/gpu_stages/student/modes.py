@@ -9,8 +9,8 @@ import torch._dynamo.utils
 from torch import Tensor
 
 from gpu_stages.stage import Outcome, Setting
-from gpu_stages.student_figures import Figures, Sides, attempt, begin, layers_of, measure, relate
-from gpu_stages.student_sides import TEMPERATURE, Training, make_training
+from gpu_stages.student.figures import Figures, Sides, attempt, begin, layers_of, measure, relate
+from gpu_stages.student.sides import TEMPERATURE, Training, make_training
 from gpu_stages.timing import Step, synchronize
 from pipeline.topk import decode
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gpu_stages.stage import Outcome, Setting
-from gpu_stages.student_figures import Figures, Sides, attempt, begin, cost_of, layers_of, measure
-from gpu_stages.student_sides import ALPHA, SMOOTHING, TEMPERATURE, Training, make_training, size_of
+from gpu_stages.student.figures import Figures, Sides, attempt, begin, cost_of, layers_of, measure
+from gpu_stages.student.sides import ALPHA, SMOOTHING, TEMPERATURE, Training, make_training, size_of
 from gpu_stages.timing import Step
 
 TEACHERS = ("deit_base_patch16_224", "beitv2_base_patch16_224")
