@@ -18,6 +18,7 @@ from pipeline.label import label
 
 SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
 LONGEST = ("test_configs.py", "test_kills.py", "test_kills_in_training.py", "test_processes.py", "test_train.py")
+LONGEST += ("test_gpu_check.py", "test_gpu_stages.py")
 ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progressive": True}]
 
 

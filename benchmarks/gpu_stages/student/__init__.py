@@ -14,7 +14,7 @@ from gpu_stages.student.modes import compiled, graphs
 from gpu_stages.student.online import online
 from gpu_stages.student.sides import make_training, size_of
 
-MODELS = ("mobilenetv2_100", "ghostnetv3_100")
+MODELS, TINY_MODELS = ("mobilenetv2_100", "ghostnetv3_100"), ("test_efficientnet",)
 FORMS, TRITON = ("plain", "separate", "closed"), ("plain", "triton")
 ONLINE_FORMS, ONLINE_TRITON = ("plain", "closed"), ("triton",)
 # In the order of their worth: compiled, every depthwise layer in Triton breaks a graph in two.
@@ -27,16 +27,16 @@ SECONDS, SECONDS_WITH_COMPILING = 180.0, 300.0
 def checks(setting: Setting) -> list[Check]:
     usual, large = size_of(setting).batches
     # As small as possible, what one check ran through others leave out.
-    models, captured = (MODELS[:1], CAPTURED[:2]) if setting.tiny else (MODELS, CAPTURED)
+    models, captured = (TINY_MODELS, CAPTURED[:2]) if setting.tiny else (MODELS, CAPTURED)
     forms = (FORMS[-1:], ()) if setting.tiny else (FORMS, TRITON)
     online_forms = (ONLINE_FORMS[-1:], ()) if setting.tiny else (ONLINE_FORMS, ONLINE_TRITON)
     return [
-        *_by_form(MODELS, f"eager {usual}", eager, (FORMS, TRITON), usual, CHANNELS_LAST),
+        *_by_form(models, f"eager {usual}", eager, (FORMS, TRITON), usual, CHANNELS_LAST),
         *_by_form(models, f"online {usual}", online, online_forms, usual, needs=("timm.task",)),
         *_by_form(models, f"eager {large}", eager, forms, large, CHANNELS_LAST),
         *(_captured(model, form, usual) for form in captured for model in models),
         *_by_form(models, f"NCHW {usual}", eager, forms, usual, NCHW),
-        *_compiled(COMPILED[:2] if setting.tiny else COMPILED, usual, setting),  # last: each takes minutes
+        *_compiled(models, COMPILED[:2] if setting.tiny else COMPILED, usual, setting),  # last: each takes minutes
     ]
 
 
@@ -57,13 +57,13 @@ def _by_form(
         yield Check(f"{model} {name} triton", told, (*needs, *NEEDS_TRITON), SECONDS_WITH_COMPILING)
 
 
-def _compiled(forms: Sequence[str], images: int, setting: Setting) -> Iterable[Check]:
-    """On a CPU without inductor, which takes minutes there, and of a model that has few layers."""
+def _compiled(models: Sequence[str], forms: Sequence[str], images: int, setting: Setting) -> Iterable[Check]:
+    """On a CPU without inductor, which takes minutes there."""
     on_gpu = setting.device == "cuda"
-    models, backend = (MODELS, "inductor") if on_gpu else (("test_efficientnet",), "eager")
     for form in forms:
         for model in models:
-            told, needs = _told(compiled, model, form, images, backend), NEEDS_TRITON if on_gpu else ()
+            told = _told(compiled, model, form, images, "inductor" if on_gpu else "eager")
+            needs = NEEDS_TRITON if on_gpu else ()
             yield Check(f"{model} compiled {images} {form}", told, needs, SECONDS_WITH_COMPILING)
 
 

@@ -1,0 +1,87 @@
+"""The stages of benchmarks/gpu_check.py, each at its smallest on the CPU: no mistake in them waits for a GPU."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from gpu_stages import STAGES, student, teacher
+from gpu_stages.pipeline.overlap import covered, merged, overlap
+from gpu_stages.stage import Setting
+from gpu_stages.student.online import TEACHERS
+
+from trainer.students import build_student
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("stages", [["pipeline"], ["numerics", "student", "teacher"]])
+def test_every_stage_runs_on_a_cpu(stages: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--tiny"]
+    command += ["--stages", ",".join(stages), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert list(report["stages"]) == stages
+    for found in report["stages"].values():
+        assert (found["status"], found["why"]) == ("ok", "")
+        assert list(found["checks"]) == found["planned"]
+        for name, check in found["checks"].items():
+            assert (check["status"], check["why"]) == ("ok", ""), name
+            assert check["figures"], name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_whole_stages_are_planned(stage: str, device: str, tmp_path: Path) -> None:
+    """As on a machine with a GPU, without running anything."""
+    module = __import__(f"gpu_stages.{stage}", fromlist=["checks"])
+    names = [check.name for check in module.checks(Setting(device, False, tmp_path))]
+    assert len(set(names)) == len(names) > 4
+    assert all(name == name.strip() for name in names)
+
+
+def test_the_models_exist() -> None:
+    for name in (*TEACHERS, *teacher.MODELS):
+        assert timm.is_model(name)
+    with torch.device("meta"):
+        for name in student.MODELS:
+            build_student(name, 1000)
+
+
+# Intervals
+
+
+def cells(intervals: Iterable[Any]) -> set[int]:
+    """The same by brute force: which unit cells they cover."""
+    return {cell for start, end in intervals for cell in range(start, end)}
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_intervals_are_sets_of_moments(seed: int) -> None:
+    draw = random.Random(seed)
+    some, others = (
+        [(start, start + draw.randrange(0, 6)) for start in draw.choices(range(40), k=draw.randrange(8))]
+        for _ in range(2)
+    )
+    assert covered(some) == len(cells(some))
+    assert overlap(some, others) == overlap(others, some) == len(cells(some) & cells(others))
+    union = merged(some)
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(union))
+    assert cells(union) == cells(some)
+
+
+def test_touching_intervals_are_one() -> None:
+    assert merged([(3.0, 4.0), (1.0, 2.0), (2.0, 3.0), (5.0, 5.0)]) == [(1.0, 4.0)]
+    assert overlap([(0.0, 1.0)], [(1.0, 2.0)]) == 0.0
+    assert covered([]) == overlap([], [(0.0, 1.0)]) == 0.0
