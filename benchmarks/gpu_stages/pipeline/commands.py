@@ -38,9 +38,15 @@ class Done(NamedTuple):
     def expect(self, status: int = 0) -> "Done":
         if self.status != status:
             print(self.output[-8000:], file=sys.stderr, flush=True)
-            last = " ".join(self.output[-400:].split())
+            last = last_words(self.output)
             raise CommandError(f"expected status {status}, found {self.status} after {self.seconds:.0f} s: ... {last}")
         return self
+
+
+def last_words(output: str) -> str:
+    """The end of what a command said, in one line, without the frames of C++ that torch adds to its errors."""
+    lines = [line for line in output.splitlines() if not line.startswith("frame #")]
+    return " ".join("\n".join(lines)[-400:].split())
 
 
 class Command:
@@ -75,7 +81,7 @@ class Command:
             time.sleep(POLL_SECONDS)
             self._most = max(self._most, _used_mib(self._device))
             if time.perf_counter() - self._started > self._limit:
-                raise CommandError(f"took more than {self._limit:g} s: ... {' '.join(self._output()[-400:].split())}")
+                raise CommandError(f"took more than {self._limit:g} s: ... {last_words(self._output())}")
 
     def stop(self) -> None:
         """As a batch system does."""
