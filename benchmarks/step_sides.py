@@ -115,7 +115,7 @@ def online_step(training: Training, teacher: nn.Module) -> Step:
     def step() -> None:
         update = next(training.updates)
         learner.begin(update)
-        images = (batch.images.to(student.mean.dtype) - student.mean) / student.std
+        images = student.normalized(batch.images)
         task(images, batch.labels)["loss"].backward()
         learner.optimizer.step()
         learner.optimizer.zero_grad()
@@ -142,6 +142,6 @@ def labelling_step(training: Training, teacher: nn.Module) -> Step:
 
     @torch.inference_mode()
     def step() -> None:
-        encode(teacher((batch.images.to(student.mean.dtype) - student.mean) / student.std), K)
+        encode(teacher(student.normalized(batch.images)), K)
 
     return step

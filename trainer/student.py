@@ -1,15 +1,18 @@
 """The network that trains: built from the recipe, with the normalisation of its pixels inside."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import timm.data
 import torch
 from torch import Tensor, nn
 
-from trainer.recipe import TrainRecipe
 from trainer.students import build_student, expand
 from trainer.students.weights import load_weights, read_weights
+
+if TYPE_CHECKING:  # the class is of use without recipes, and what reads them
+    from trainer.recipe import TrainRecipe
 
 
 class Student(nn.Module):
@@ -26,11 +29,15 @@ class Student(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(settings[name]).view(1, 3, 1, 1) * 255, persistent=False)
 
+    def normalized(self, images: Tensor) -> Tensor:
+        """uint8 pixels as the network takes them."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.network((images.to(self.mean.dtype) - self.mean) / self.std)
+        return self.network(self.normalized(images))
 
 
-def make_student(recipe: TrainRecipe, weights: Path | None = None) -> Student:
+def make_student(recipe: "TrainRecipe", weights: Path | None = None) -> Student:
     """The student of a recipe: with the weights of a file, or with those that the recipe starts from.
 
     Raises RecipeError for an unknown model, DataError and FormatError for weights that do not fit.

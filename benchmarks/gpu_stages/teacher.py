@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
-from gpu_stages.timing import OUT_OF_MEMORY, cost, give_back, is_out_of_memory, synchronize
+from gpu_stages.timing import OUT_OF_MEMORY, cost, give_back, is_out_of_memory, random_images, synchronize
 from pipeline.topk import Encoded, encode_on_device, to_codes
 from teachers import Ensemble, Teacher
 from teachers.teacher import Preprocessing
@@ -60,7 +60,7 @@ def compiled(model: str, images: int, setting: Setting) -> Outcome:
     minutes there."""
     outcome = Outcome({"model": model, "mode": "compiled"})
     ensemble = make_ensemble(model, setting)
-    pixels = random_images(images, ensemble.sizes[0], setting)
+    pixels = random_images(images, ensemble.sizes[0], setting.device)
     expected = labelling(ensemble, setting)(pixels)
     label = labelling(torch.compile(ensemble, backend="inductor" if setting.device == "cuda" else "eager"), setting)
     started = time.perf_counter()
@@ -95,21 +95,13 @@ def labelling(ensemble: Callable[..., Tensor], setting: Setting) -> Label:
     return label
 
 
-def random_images(images: int, pixels: int, setting: Setting) -> Tensor:
-    """uint8 [B, 3, S, S], drawn on the device."""
-    generator = torch.Generator(setting.device).manual_seed(0)
-    shape = (images, 3, pixels, pixels)
-    drawn = torch.randint(0, 256, shape, dtype=torch.uint8, device=setting.device, generator=generator)
-    return drawn.contiguous(memory_format=torch.channels_last)
-
-
 def _measure(outcome: Outcome, label: Label, pixels: int, batches: tuple[int, ...], setting: Setting) -> None:
     """Add costs by batch, and what ImageNet takes at the best rate."""
     costs: dict[str, Figures] = {}
     outcome.figures |= {"pixels": pixels, "batches": costs}
     for images in batches:
         try:
-            costs[str(images)] = _cost(outcome, label, random_images(images, pixels, setting), setting)
+            costs[str(images)] = _cost(outcome, label, random_images(images, pixels, setting.device), setting)
         except Exception as error:
             if is_out_of_memory(error):
                 costs[str(images)] = dict(OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Seconds and memory of a step on a device."""
+"""Seconds and memory of a step on a device, and images for it."""
 
 import contextlib
 import gc
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 Step = Callable[[], Any]
 OUT_OF_MEMORY = {"why": "out of memory"}
@@ -22,6 +23,16 @@ class Cost(NamedTuple):
     least: float
     most: float
     mib: float | None
+
+
+def random_images(
+    images: int, pixels: int, device: torch.device | str, layout: torch.memory_format = torch.channels_last
+) -> Tensor:
+    """uint8 [B, 3, S, S], drawn on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (images, 3, pixels, pixels)
+    drawn = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+    return drawn.contiguous(memory_format=layout)
 
 
 def synchronize(device: str) -> None:

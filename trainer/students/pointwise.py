@@ -72,8 +72,8 @@ class PointwiseBranches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
-        # First, though rows_of would copy what lies otherwise: of layouts that differ torch.compile expects other strides
-        # of hardtanh_backward than it has.
+        # First, though rows_of would copy what lies otherwise: of layouts that differ torch.compile expects other
+        # strides of hardtanh_backward than it has.
         dy = _through(dy.contiguous(memory_format=torch.channels_last), y, ctx.limits)
         with torch.autocast(x.device.type, enabled=False):
             rows, centred = rows_of(dy), (rows_of(x).to(weight.dtype) - mean_of_x).to(dy.dtype)

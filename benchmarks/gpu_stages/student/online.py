@@ -103,7 +103,7 @@ def teacher_step(training: Training, teacher: nn.Module) -> Step:
     @torch.no_grad()
     def step() -> None:
         with training.autocast():
-            teacher(training.student.normalised(training.batch.images))
+            teacher(training.student.normalized(training.batch.images))
 
     return step
 
@@ -139,7 +139,7 @@ def task_step(training: Training, task: nn.Module) -> Step:
     loader, and task and loss run under autocast."""
 
     def step() -> Tensor:
-        images = training.student.normalised(training.batch.images)
+        images = training.student.normalized(training.batch.images)
         with training.autocast():
             loss = task(images, training.batch.labels)["loss"]
         loss.backward()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import timm.data
 import timm.optim
 import torch
 from numpy.typing import NDArray
@@ -13,8 +12,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from gpu_stages.stage import Setting
+from gpu_stages.timing import random_images
 from pipeline.topk import Codes, SoftLabels, decode_on, encode, encode_template
 from trainer.losses import distillation_loss
+from trainer.student import Student
 from trainer.students import build_student, expand
 from trainer.students.branches import MultiBranchConv
 from trainer.students.one_convolution import trains_as_one
@@ -59,35 +60,8 @@ def random_batch(images: int, size: Size, device: torch.device, layout: torch.me
     labels = torch.randint(0, size.classes, (images,), generator=generator)
     logits = 3 * torch.randn(images, size.classes, generator=generator)
     template = encode_template(logits[:, None]).numpy()
-    pixels = random_images(images, size.pixels, device).contiguous(memory_format=layout)
+    pixels = random_images(images, size.pixels, device, layout)
     return Batch(pixels, labels.to(device), encode(logits, size.k), template)
-
-
-def random_images(images: int, pixels: int, device: torch.device) -> Tensor:
-    """uint8 [B, 3, S, S], drawn on the device."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (images, 3, pixels, pixels)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
-
-
-class Student(nn.Module):
-    """trainer/student.py's: it normalises its pixels itself. That module needs pydantic, which may not be installed."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        settings = timm.data.resolve_model_data_config(network)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(settings[name]).view(1, 3, 1, 1) * 255, persistent=False)
-
-    def normalised(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean.dtype) - self.mean) / self.std
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(self.normalised(images))
 
 
 class Training:
