@@ -38,7 +38,7 @@ from gpu_stages.stage import Setting, run_stage
 
 from pipeline.errors import DataError, SoftshardError
 
-SHARES = {"numerics": 4, "student": 6, "teacher": 3, "pipeline": 4}  # of the time
+SHARES = {"numerics": 5, "student": 6, "teacher": 2, "pipeline": 4}  # of the time
 SPAWN = multiprocessing.get_context("spawn")
 
 

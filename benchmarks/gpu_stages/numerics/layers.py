@@ -5,7 +5,7 @@ branches lose of a tensor on the same device in the same precision: one convolut
 zero there is a floor. `errors` of tests/small_branches.py says what an error is relative to.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,22 +39,27 @@ class Case(NamedTuple):
 
 def checks(setting: Setting) -> list[Check]:
     triton = ("triton",) if setting.device == "cpu" else ("triton", COMPILER)
-    cases = {
-        "pointwise": (pointwise_cases, ()),
-        "depthwise, kernels": (kernel_cases, triton),
-        "depthwise, 1 to 40 pixels": (size_cases, triton),
-        "depthwise, channels and means": (channel_cases, triton),
-        "depthwise, dilated or large": (dilated_cases, ()),
+    every, few = precisions(setting.device), ("float32", "bf16")  # few where there are hundreds of layers
+    kinds = {
+        "pointwise": (pointwise_cases, every, ()),
+        "depthwise, kernels": (kernel_cases, every, triton),
+        "depthwise, channels and means": (channel_cases, every, triton),
+        "depthwise, dilated or large": (dilated_cases, every, ()),
+        "depthwise, 1 to 40 pixels": (size_cases, few, triton),
     }
-    return [
-        Check(f"layers: {name}", lambda setting, make=make: compare(setting, make(setting.tiny)), needs, 300.0)
-        for name, (make, needs) in cases.items()
-    ]
+    found = []
+    for name, (make, chosen, needs) in kinds.items():
+
+        def run(setting: Setting, make=make, chosen=chosen) -> Outcome:
+            return compare(setting, make(setting.tiny), chosen)
+
+        found.append(Check(f"layers: {name}", run, needs, 300.0))
+    return found
 
 
-def precisions(device: str) -> list[str]:
+def precisions(device: str) -> Sequence[str]:
     """On a CPU there is no TF32, and torch has not all of its operations in fp16."""
-    return list(FLOORS) if device == "cuda" else ["float32", "bf16"]
+    return tuple(FLOORS) if device == "cuda" else ("float32", "bf16")
 
 
 def pointwise_cases(tiny: bool) -> Iterator[Case]:
@@ -114,11 +119,11 @@ def _depthwise(kernel: Any, channels: int = 6, bias: bool = False, **settings: A
     return lambda: nn.Conv2d(channels, channels, kernel, groups=channels, bias=bias, **settings)
 
 
-def compare(setting: Setting, cases: Iterable[Case]) -> Outcome:
+def compare(setting: Setting, cases: Iterable[Case], precisions: Sequence[str]) -> Outcome:
     """By precision the worst error of one convolution, with that of separate branches in the same place."""
     outcome, figures = Outcome(), dict[str, dict[str, Any]]()
     for case in cases:
-        for precision in precisions(setting.device):
+        for precision in precisions:
             with interpreted(setting.device if case.form == "triton" else ""):
                 found = _errors(case, precision, setting.device, outcome)
             _keep_worst(figures.setdefault(precision, {"layers": 0}), case, found)
