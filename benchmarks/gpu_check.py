@@ -16,14 +16,16 @@ check itself. gpu_table.py makes tables from a report.
 """
 
 import argparse
+import fcntl
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,21 +40,22 @@ from gpu_stages.stage import Setting, run_stage
 
 from pipeline.errors import DataError, SoftshardError
 
-SHARES = {"numerics": 5, "student": 6, "teacher": 2, "pipeline": 4}  # of the time
+SHARES = {"numerics": 6, "student": 6, "teacher": 2, "pipeline": 4}  # of the time
+MOST_SECONDS = 1e6
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def check(device: str, tiny: bool, stages: Sequence[str], seconds: float, out: Path) -> bool:
-    """Run what the report at `out` lacks; whether no stage failed. Raises DataError when there is no such device."""
+    """Run what the report at `out` lacks; whether no stage failed. Raises DataError when there is no such device, and
+    for a report of others, one at work, or one that cannot be written."""
     machine = _machine(device)
-    report = Report.open(out, machine, tiny)
-    report.save()
-    print(f"gpu-check: {machine['gpu'] or machine['processor']}, torch {machine['torch']}; results go to {out}")
-    run, now = datetime.now().isoformat(), time.time()
-    ends = _ends(stages, seconds)
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device, tiny, Path(folder))
+    with _alone(out), tempfile.TemporaryDirectory() as folder:
+        report = Report.open(out, machine, tiny)
+        for stage in report.content["stages"]:
+            report.close(stage, "its run was interrupted")
+        print(f"gpu-check: {machine['gpu'] or machine['processor']}, torch {machine['torch']}; results go to {out}")
+        setting, run, now = Setting(device, tiny, Path(folder)), datetime.now().isoformat(), time.time()
+        ends, found = _ends(stages, seconds), []
         for stage in stages:
             found.append(run_to_the_end(stage, setting, out, machine, run, now + ends[stage]))
     for stage, (status, why) in zip(stages, found, strict=True):
@@ -60,12 +63,34 @@ def check(device: str, tiny: bool, stages: Sequence[str], seconds: float, out: P
     return all(status != "failed" for status, _ in found)
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While the block runs, no other check writes this report, which can be written."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(
+            f"{out}: expected no other check at work on this report, found one; wait for it, or name another file "
+            "with --out"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{out}: expected a place where a report can be written, found: {error}; name another file with --out"
+        ) from None
+    with lock:
+        yield
+
+
 def run_to_the_end(
     stage: str, setting: Setting, out: Path, machine: dict[str, Any], run: str, deadline: float
 ) -> tuple[str, str]:
     """A stage, in as many processes as it takes; its status, and why it is not ok."""
     while True:
-        before = Report.open(out, machine, setting.tiny).begun(stage, run)
+        before = Report.open(out, machine, setting.tiny)
+        before.save()
         process = SPAWN.Process(target=run_stage, args=(stage, setting, out, machine, run, deadline))
         process.start()
         try:
@@ -73,12 +98,11 @@ def run_to_the_end(
             late = process.is_alive()
         finally:
             _end(process)
-        status = process.exitcode or 0
-        report = Report.open(out, machine, setting.tiny)
-        _close_running(report, stage, status, late)
-        stuck = report.begun(stage, run) == before
+        status, report = process.exitcode or 0, Report.open(out, machine, setting.tiny)
+        report.close(stage, "the time of its stage was up" if late else f"its process ended {_how(status)}", run)
+        stuck = report.begun(stage, run) == before.begun(stage, run)
         if late or status == 0 or stuck or not report.pending(stage, run):
-            why = f"its process ended {_how(status)} before the first check" if stuck and status else ""
+            why = f"its process ended {_how(status)} before the first check" if stuck and status and not late else ""
             return report.conclude(stage, why), report.content["stages"][stage]["why"]
 
 
@@ -90,30 +114,21 @@ def _ends(stages: Sequence[str], seconds: float) -> dict[str, float]:
 
 
 def _end(process: Any) -> None:
-    """End what is left of a stage, and all that it started."""
+    """End what is left of a stage, and all that it started, also in sessions of their own."""
+    others = []
     if process.is_alive():
+        with suppress(ImportError):
+            import psutil
+
+            with suppress(psutil.Error):
+                others = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     process.join()
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # it has ended with all of them, or never began a group
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # it has ended with all of them, or never began a group
-        return
-
-
-def _close_running(report: Report, stage: str, status: int, late: bool) -> None:
-    """A check that the process left unfinished has failed."""
-    for name, check in report.checks(stage).items():
-        if check["status"] == "running":
-            seconds = round(time.time() - check["started"], 2)
-            if late:
-                why = "the time of its stage was up"
-            elif seconds >= check["limit"]:
-                why = f"took more than {check['limit']:g} s (where it was is in the output)"
-            else:
-                why = f"its process ended {_how(status)}"
-            report.record(stage, name, "failed", why=why, run=check["run"], seconds=seconds, figures={})
-            print(f"{stage:9} {name:44} failed   {seconds:7.1f} s  {why}", flush=True)
-            return
+    for other in others:
+        with suppress(Exception):  # it has ended by itself
+            other.kill()
 
 
 def _how(status: int) -> str:
@@ -139,14 +154,28 @@ def _stages(text: str) -> list[str]:
     return [stage for stage in STAGES if stage in names]
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected 1 to {MOST_SECONDS:g}, found {text}")
+    return value
+
+
+def _stop(number: int, _: Any) -> None:
+    """As Ctrl-C does, end what was started."""
+    sys.exit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="as small as possible: try the check itself")
     parser.add_argument("--stages", type=_stages, default=list(STAGES), help=f"some of {','.join(STAGES)}")
-    parser.add_argument("--seconds", type=float, default=1500.0, help="all stages together, at most")
+    parser.add_argument("--seconds", type=_seconds, default=1500.0, help="all stages together, at most")
     parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
     options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # of `timeout`, a batch system, or a connection that is lost
+        signal.signal(number, _stop)
     try:
         return 0 if check(options.device, options.tiny, options.stages, options.seconds, options.out) else 1
     except SoftshardError as error:

@@ -96,7 +96,7 @@ def _problems(content: Figures) -> Iterator[str]:
     for stage, found in content["stages"].items():
         for name, check in found["checks"].items():
             if check["status"] != "ok":
-                yield f"{stage}, {name}: {check['status']}: {check['why']}"
+                yield _text(f"{stage}, {name}: {check['status']}: {check['why']}")
 
 
 def _figures(content: Figures, stage: str) -> Iterator[tuple[str, Figures]]:
@@ -209,7 +209,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of numbers stand at the right."""
     numbers = [not any(set(row[column]) - set("0123456789.,e+-/ ") for row in rows) for column in range(len(heads))]
     lines = [heads, ["--:" if number else "---" for number in numbers], *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(_text(cell).replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def _text(words: str) -> str:
+    """In one line, and without what would be a mark of the file."""
+    return " ".join(words.split()).replace("<!--", "< !--")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # The check on a GPU machine, from the kit that this lies in; arguments are those of benchmarks/gpu_check.py.
-# PYTHON=... names another Python than python3. Nothing outside of this folder is written, and no network is used.
+# PYTHON=... names another Python than python3. Nothing is written but site/ in this folder and the report, by default
+# gpu-report.json where it is called. No network is used.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")"
+kit=$PWD
 
 fail() { printf 'run.sh: %s\n' "$1" >&2; exit 2; }
 
@@ -26,4 +29,5 @@ if [ "$(cat site/.wheels 2>/dev/null || true)" != "$stamp" ]; then
     rm -rf site
     mv site.partial site
 fi
-PYTHONPATH="$PWD/site${PYTHONPATH:+:$PYTHONPATH}" exec "$python" benchmarks/gpu_check.py --device cuda "$@"
+cd "$from"
+PYTHONPATH="$kit/site${PYTHONPATH:+:$PYTHONPATH}" exec "$python" "$kit/benchmarks/gpu_check.py" --device cuda "$@"

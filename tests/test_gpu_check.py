@@ -1,16 +1,24 @@
 """benchmarks/gpu_check.py: what becomes of checks that fail, hang or take their process with them, and of those that
 lack what they need."""
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_table
+import numpy as np
+import psutil
 import pytest
 from gpu_stages.report import Report
+from gpu_stages.stage import COMPILER, first_missing
 
 from pipeline.errors import DataError
 
@@ -147,27 +155,139 @@ def test_a_stage_that_cannot_begin_has_failed(fake: Path) -> None:
         assert (found["status"], found["why"]) == ("failed", why)
 
 
+def test_an_interrupted_check_has_failed(fake: Path) -> None:
+    """Stopped as by `timeout` or a lost connection: nothing is left at work, and the next run knows what was."""
+    write_fake(fake, FAKE.split("def checks")[0].replace("time.sleep(600)", CHILD) + HANGING)
+    process = start(fake)
+    wait(lambda: (fake / "child.txt").exists())
+    with pytest.raises(BlockingIOError), (fake / ".gpu-report.json.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    second = run(fake, "--stages", "numerics")
+    assert (second.returncode, second.stderr) == (
+        2,
+        "gpu-report.json: expected no other check at work on this report, found one; wait for it, or name another file "
+        "with --out\n",
+    )
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    for pid in (fake / "child.txt").read_text().split():
+        wait(lambda pid=pid: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie")
+    assert gpu_table.main([str(fake / "gpu-report.json")]) == 2  # tiny; but it is a report
+    assert report_of(fake)["stages"]["numerics"]["checks"]["hangs"]["status"] == "running"
+    write_fake(fake, FAKE.split("def checks")[0] + HANGING.replace("hangs)", "dies)"))
+    assert run(fake, "--stages", "student").returncode == 1
+    hangs = report_of(fake)["stages"]["numerics"]["checks"]["hangs"]
+    assert (hangs["status"], hangs["why"]) == ("failed", "its run was interrupted")
+
+
+CHILD = """
+    import subprocess, sys
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    with open({log!r}.replace("log", "child"), "w") as file:
+        file.write(f"{{os.getpid()}} {{other.pid}}")
+    time.sleep(600)
+"""
+HANGING = 'def checks(setting):\n    return [Check("hangs", hangs)]\n'
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--tiny", "--stages", "numerics"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(ROOT, "--stages", "teacher", "--out", str(tmp_path / "file/report.json"))
+    assert done.returncode == 2
+    path = tmp_path / "file/report.json"
+    start = f"{path}: expected a place where a report can be written, found: "
+    assert done.stderr.startswith(start), done.stderr
+    assert done.stderr.endswith("; name another file with --out\n")
+
+
+def test_a_full_disk_costs_only_what_is_not_written(tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    report = Report.open(tmp_path / "report.json", {}, tiny=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("gpu_stages.report.write_atomically", full)
+        report.plan("teacher", ["a", "b"])
+        report.record("teacher", "a", "ok", why="", run="1", seconds=1.0, figures={"ms": np.float32(0.5)})
+        said = capsys.readouterr().out.splitlines()
+        assert (
+            said[1] == f"gpu-check: {tmp_path}/report.json: not written ([Errno 28] No space left on device); make room"
+        )
+    report.record("teacher", "b", "ok", why="", run="1", seconds=1.0, figures={"count": np.int64(3)})
+    checks = Report.open(tmp_path / "report.json", {}, tiny=True).checks("teacher")
+    assert [checks[name]["figures"] for name in "ab"] == [{"ms": 0.5}, {"count": 3.0}]
+
+
 def test_reports_of_others_are_refused(tmp_path: Path) -> None:
-    path, machine = tmp_path / "report.json", {"torch": "2.9", "gpu": "A", "ffcv": None}
+    path, machine = tmp_path / "report.json", {"torch": "2.9", "gpu": "A", "ffcv": None, "driver": "580"}
     Report.open(path, machine, tiny=True).save()
-    Report.open(path, machine | {"ffcv": "1.0.2"}, tiny=True)  # installed since
+    Report.open(path, machine | {"ffcv": "1.0.2", "driver": None}, tiny=True)  # installed since; not said this time
     with pytest.raises(DataError) as found:
-        Report.open(path, {"torch": "2.10", "gpu": "B", "ffcv": None}, tiny=False)
+        Report.open(path, machine | {"torch": "2.10", "gpu": "B"}, tiny=False)
     assert str(found.value) == (
         f"{path}: expected a report of this machine and these options, found another: tiny: True; torch: '2.9' instead "
         "of '2.10'; gpu: 'A' instead of 'B'; name another file with --out"
     )
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"version": 1}', '{"version": 2}', "\ud800"])
+CHECKED = {"status": "ok", "why": "", "date": "", "code": "", "run": "", "figures": {}}
+HOSTILE = {
+    "half": "{", "a list": "[]", "empty": "{}", "version": '{"version": 2}', "bytes": "\udc80", "deep": "[" * 100_000,
+    **{
+        name: json.dumps({"version": 1, "machine": {}, "tiny": True, "stages": {}} | changes)
+        for name, changes in {
+            "machine": {"machine": []}, "tiny": {"tiny": 1}, "stages": {"stages": []},
+            "stage": {"stages": {"other": {"planned": [], "checks": {}}}},
+            "planned": {"stages": {"teacher": {"planned": [1], "checks": {}}}},
+            "checks": {"stages": {"teacher": {"planned": [], "checks": ["a"]}}},
+            "check": {"stages": {"teacher": {"planned": [], "checks": {"a": "ok"}}}},
+            "why": {"stages": {"teacher": {"planned": [], "checks": {"a": CHECKED | {"why": None}}}}},
+            "running": {"stages": {"teacher": {"planned": [], "checks": {"a": CHECKED | {"status": "running"}}}}},
+        }.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
 def test_what_is_no_report(content: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    path.write_bytes(content.encode(errors="surrogatepass"))
+    path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError) as found:
         Report.open(path, {}, tiny=True)
     assert str(found.value) == (
         f"{path}: expected a report of benchmarks/gpu_check.py, found none or something else; name another file"
     )
+
+
+def test_what_is_needed(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "softshard_old_numpy.py").write_text("raise ValueError('numpy.dtype size changed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert first_missing(("json", "softshard_old_numpy")) == "needs softshard_old_numpy: numpy.dtype size changed"
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert first_missing((COMPILER,)) == f"needs a C compiler and Python's headers: no Python.h in {tmp_path}"
+    (tmp_path / "Python.h").touch()
+    assert first_missing((COMPILER,)) == ""
+    monkeypatch.setenv("PATH", "")
+    assert first_missing((COMPILER,)) == "needs a C compiler"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf", "1e400"])
+def test_times_that_are_none(fake: Path, seconds: str) -> None:
+    done = run(fake, "--seconds", seconds)
+    assert done.returncode == 2
+    assert f"expected 1 to 1e+06, found {seconds}" in done.stderr
 
 
 @pytest.mark.parametrize("stages", ["", "numeric", "numerics,numerics"])

@@ -188,9 +188,9 @@ def test_the_versions_are_those_of_the_constraints() -> None:
 # run.sh
 
 CHECK = """
-import sys
+import os, sys
 import kit_alone, kit_always, numpy
-print(sys.argv[1:], kit_alone.__file__, kit_always.VALUE, numpy.__file__)
+print(os.getcwd(), sys.argv[1:], kit_alone.__file__, kit_always.VALUE, numpy.__file__)
 """
 
 
@@ -231,12 +231,12 @@ def test_the_kit_installs_what_is_missing_once(kit: Path) -> None:
     site = kit / "site"
     installing, line = "run.sh: installing 2 wheels into site/\n", f"{site}/kit_alone.py 1 {np.__file__}"
     assert (first.stderr, second.stderr) == ("", "")
-    assert first.stdout == f"{installing}['--device', 'cuda', '--tiny'] {line}\n"
-    assert second.stdout == f"['--device', 'cuda'] {line}\n"
+    assert first.stdout == f"{installing}/ ['--device', 'cuda', '--tiny'] {line}\n"
+    assert second.stdout == f"/ ['--device', 'cuda'] {line}\n"
     write_wheel(kit / "wheels/always-1-py3-none-any.whl", "kit_always", "VALUE = 2")  # a newer kit was copied over it
     assert (
         run_kit(kit).stdout
-        == f"run.sh: installing 2 wheels into site/\n['--device', 'cuda'] {line.replace(' 1 ', ' 2 ')}\n"
+        == f"run.sh: installing 2 wheels into site/\n/ ['--device', 'cuda'] {line.replace(' 1 ', ' 2 ')}\n"
     )
     assert sorted(path.name for path in kit.iterdir()) == sorted(
         ["benchmarks", "modules.txt", "python-version", "run.sh", "scripts", "site", "wheels"]

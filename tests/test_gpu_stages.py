@@ -14,11 +14,13 @@ import pytest
 import timm
 import torch
 from gpu_stages import STAGES, student, teacher
+from gpu_stages.numerics import layers
 from gpu_stages.pipeline.overlap import covered, merged, overlap
 from gpu_stages.stage import Setting
 from gpu_stages.student.online import TEACHERS
+from torch import nn
 
-from trainer.students import build_student
+from trainer.students import build_student, pointwise
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +59,28 @@ def test_the_models_exist() -> None:
     with torch.device("meta"):
         for name in student.MODELS:
             build_student(name, 1000)
+
+
+def test_a_layer_that_raises_leaves_the_others(tmp_path: Path) -> None:
+    def conv() -> nn.Module:
+        raise ValueError("out of\nregisters")
+
+    cases = list(layers.pointwise_cases(True))[:2]
+    broken = cases[0]._replace(name="broken", conv=conv)
+    outcome = layers.compare(Setting("cpu", True, tmp_path), [broken, *cases], ["float32"])
+    assert outcome.problems == ["broken, float32: ValueError: out of registers"]
+    assert outcome.figures["float32"]["layers"] == 2
+
+
+def test_a_layer_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor on one gradient, and a layer that trains in another form than it should."""
+    right = pointwise.share_of
+    monkeypatch.setattr(pointwise, "share_of", lambda count, first, *rest: (1.01 * first, *right(count, *rest)))
+    case = next(layers.pointwise_cases(True))
+    outcome = layers.compare(Setting("cpu", True, tmp_path), [case, case._replace(form="stacked")], ["float32"])
+    wrong = [problem for problem in outcome.problems if "conv.weight: error 1.0e-02" in problem]
+    assert wrong
+    assert f"{case.name}: expected to train as stacked, found closed" in outcome.problems
 
 
 # Intervals

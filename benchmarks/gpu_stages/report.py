@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,23 @@ class Report:
         """Raises DataError when there is none, or something else."""
         try:
             content = json.loads(path.read_bytes())
-            if content["version"] != VERSION or not {"machine", "tiny", "stages"} <= content.keys():
-                raise ValueError
-        except (OSError, ValueError, TypeError, KeyError):
+            whole = _is_report(content)
+        except (OSError, ValueError, RecursionError):
+            whole = False
+        if not whole:
             raise DataError(
                 f"{path}: expected a report of benchmarks/gpu_check.py, found none or something else; name another file"
-            ) from None
+            )
         return cls(path, content)
 
     def save(self) -> None:
-        write_atomically(self._path, (json.dumps(self.content, indent=1) + "\n").encode())
+        """What does not get onto the disk now comes with the next result: a full disk is not worth the rest of the
+        check."""
+        text = json.dumps(self.content, indent=1, default=float)  # numpy's numbers
+        try:
+            write_atomically(self._path, f"{text}\n".encode())
+        except OSError as error:
+            print(f"gpu-check: {self._path}: not written ({error}); make room", flush=True)
 
     def plan(self, stage: str, names: list[str]) -> None:
         """What a stage consists of now; results of checks that are no longer among it are forgotten."""
@@ -85,6 +93,17 @@ class Report:
         """Replace what is known of a check."""
         self.checks(stage)[check] = {"status": status, "date": date.today().isoformat(), "code": code_digest()} | more
         self.save()
+        if status != "running":
+            print(f"{stage:9} {check:44} {status:8} {more['seconds']:7.1f} s  {more['why']}", flush=True)
+
+    def close(self, stage: str, why: str, run: str | None = None) -> None:
+        """What a process left at work, in this run (None: in any), has failed."""
+        for name, check in list(self.checks(stage).items()):
+            if check["status"] == "running" and run in (None, check["run"]):
+                seconds = round(time.time() - check["started"], 2)
+                late = f"took more than {check['limit']:g} s (where it was is in the output)"
+                reason = late if run and seconds >= check["limit"] else why
+                self.record(stage, name, "failed", why=reason, run=check["run"], seconds=seconds, figures={})
 
     def conclude(self, stage: str, why: str = "") -> str:
         """Give a stage its status, from its checks; `why` is for one whose process could not begin."""
@@ -120,10 +139,36 @@ def code_digest() -> str:
     return state.hexdigest()
 
 
+def _is_report(content: Any) -> bool:
+    """Whether it has the shape of a report: all that is looked at without being looked for."""
+    if not isinstance(content, dict) or content.get("version") != VERSION or not isinstance(content.get("tiny"), bool):
+        return False
+    machine, stages = content.get("machine"), content.get("stages")
+    if not isinstance(machine, dict) or not isinstance(stages, dict) or not stages.keys() <= set(STAGES):
+        return False
+    return all(_is_stage(stage) for stage in stages.values())
+
+
+def _is_stage(stage: Any) -> bool:
+    if not isinstance(stage, dict) or not isinstance(stage.get("planned"), list):
+        return False
+    checks = stage.get("checks")
+    if not isinstance(checks, dict) or not all(isinstance(name, str) for name in stage["planned"]):
+        return False
+    kinds = {"status": str, "why": str, "date": str, "code": str, "run": str, "figures": dict}
+    working = kinds | {"started": float, "limit": float}
+    for check in checks.values():
+        wanted = working if isinstance(check, dict) and check.get("status") == "running" else kinds
+        if not isinstance(check, dict) or not all(isinstance(check.get(key), kind) for key, kind in wanted.items()):
+            return False
+    return True
+
+
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What is not the same; a package that was installed since is no difference."""
+    """What is not the same. A package that was installed or removed since is no difference, nor a driver that did not
+    say its version once."""
     return [
         f"{key}: {found.get(key)!r} instead of {wanted[key]!r}"
         for key in wanted
-        if found.get(key) != wanted[key] and found.get(key) is not None
+        if found.get(key) != wanted[key] and None not in (found.get(key), wanted[key])
     ]

@@ -1,15 +1,18 @@
 """The checks of one stage, one after the other, in a process of their own.
 
-A check that raises has failed, and the next one runs. One that never returns, or breaks the device for the whole
-process, ends the process; gpu_check.py starts another one for what is left.
+A check that raises has failed, and the next one runs. On a GPU a failure ends the process, since it may have broken the
+device for it, as everywhere does a check that never returns; gpu_check.py starts another process for what is left.
 """
 
+import ctypes
 import faulthandler
 import gc
 import importlib
 import os
 import shutil
+import signal
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -22,7 +25,9 @@ from gpu_stages.report import Report
 COMPILER = "a C compiler"  # what Triton and torch.compile build their launchers with
 # Read when Triton is imported, and when cuBLAS is first used: the interpreter, and sums in one order every time.
 CPU_ENVIRONMENT, GPU_ENVIRONMENT = {"TRITON_INTERPRET": "1"}, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-BROKEN_DEVICE = 3  # the exit status of a process in which every further call of the device would fail
+BROKEN_DEVICE = 3  # the exit status of a process in which further calls of the device may fail
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for when the parent ends
+MOST_PROBLEMS = 20  # that are listed
 
 
 class Skipped(Exception):
@@ -64,6 +69,7 @@ def run_stage(stage: str, setting: Setting, path: Path, machine: dict[str, Any],
     """Run the checks of a stage that this run has not begun and that no earlier run found ok. `deadline`: when none is
     begun any more, in seconds of time.time()."""
     os.setsid()  # so that a stage can be ended with all that it started
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and ends where gpu_check.py is killed
     os.environ |= CPU_ENVIRONMENT if setting.device == "cpu" else GPU_ENVIRONMENT
     report = Report.open(path, machine, setting.tiny)
     checks = {check.name: check for check in importlib.import_module(f"gpu_stages.{stage}").checks(setting)}
@@ -75,11 +81,12 @@ def run_stage(stage: str, setting: Setting, path: Path, machine: dict[str, Any],
 
 
 def _run(report: Report, stage: str, check: Check, setting: Setting, run: str) -> None:
-    started = time.time()
-    report.record(stage, check.name, "running", run=run, started=started, limit=check.seconds)
-    faulthandler.dump_traceback_later(check.seconds, exit=True)
-    outcome, missing = Outcome(), first_missing(check.needs)
+    started, limit = time.time(), float(check.seconds)
+    report.record(stage, check.name, "running", why="", run=run, started=started, limit=limit, figures={})
+    faulthandler.dump_traceback_later(limit, exit=True)
+    outcome, missing = Outcome(), ""
     try:
+        missing = first_missing(check.needs)
         if not missing:
             outcome = check.run(setting)
             _synchronize(setting)  # errors of the device come late
@@ -87,14 +94,24 @@ def _run(report: Report, stage: str, check: Check, setting: Setting, run: str) -
         missing = str(error)
     except Exception as error:
         traceback.print_exc()
-        outcome.problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        outcome.problems.append(one_line(error))
     finally:
         faulthandler.cancel_dump_traceback_later()
     status = "skipped" if missing else "failed" if outcome.problems else "ok"
-    why, seconds = missing or "; ".join(outcome.problems), round(time.time() - started, 2)
+    why, seconds = missing or few(outcome.problems), round(time.time() - started, 2)
     report.record(stage, check.name, status, why=why, run=run, seconds=seconds, figures=outcome.figures)
-    print(f"{stage:9} {check.name:44} {status:8} {seconds:7.1f} s  {why}", flush=True)
+    if setting.device == "cuda" and status == "failed":
+        os._exit(BROKEN_DEVICE)  # whatever a failure leaves in torch or on the device, the next check does not meet it
     _clean_up(setting)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def few(problems: list[str]) -> str:
+    more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+    return "; ".join(problems[:MOST_PROBLEMS]) + more
 
 
 def first_missing(needs: Iterable[str]) -> str:
@@ -103,10 +120,12 @@ def first_missing(needs: Iterable[str]) -> str:
         if name == COMPILER:
             if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
                 return f"needs {COMPILER}"
+            if not Path(sysconfig.get_path("include"), "Python.h").exists():
+                return f"needs {COMPILER} and Python's headers: no Python.h in {sysconfig.get_path('include')}"
             continue
         try:
             importlib.import_module(name)
-        except (ImportError, OSError) as error:  # a shared library that is not there
+        except Exception as error:  # a shared library that is not there, or one made for another numpy
             return f"needs {name}: {error}"
     return ""
 
@@ -117,15 +136,10 @@ def _synchronize(setting: Setting) -> None:
 
 
 def _clean_up(setting: Setting) -> None:
-    """Give back memory, or leave where the device is broken."""
-    if "torch" not in sys.modules:
-        return
-    torch = sys.modules["torch"]
-    torch._dynamo.reset()
-    gc.collect()
-    if setting.device == "cuda":
-        try:
-            torch.cuda.synchronize()
+    """Give back memory."""
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch._dynamo.reset()
+        gc.collect()
+        if setting.device == "cuda":
             torch.cuda.empty_cache()
-        except RuntimeError:
-            os._exit(BROKEN_DEVICE)

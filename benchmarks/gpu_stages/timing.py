@@ -40,6 +40,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def is_broken(device: str) -> bool:
+    """Whether the device does nothing more for this process."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def cost(step: Step, device: str, rounds: int, warmup: int = 3) -> Cost:
     """Time a step `rounds` times after some that do not count. On a GPU the clock is that of the device's own events,
     and nothing waits between rounds."""

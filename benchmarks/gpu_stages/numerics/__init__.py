@@ -6,5 +6,11 @@ from gpu_stages.stage import Check, Setting
 
 
 def checks(setting: Setting) -> list[Check]:
-    parts = (networks, soft_labels, training, layers)
-    return [check for part in parts for check in part.checks(setting)]
+    parts = (
+        networks.checks,
+        soft_labels.checks,
+        training.resume_checks,
+        layers.checks,
+        training.learning_checks,
+    )
+    return [check for part in parts for check in part(setting)]

@@ -14,14 +14,15 @@ from small_branches import Results, batch, both_forms, errors, norm, rounded, st
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from gpu_stages.stage import COMPILER, Check, Outcome, Setting
+from gpu_stages.stage import COMPILER, Check, Outcome, Setting, one_line
+from gpu_stages.timing import is_broken, synchronize
 from trainer.students import depthwise
 from trainer.students.branches import MultiBranchConv
 from trainer.students.one_convolution import trains_as_one
 
 # What one convolution may lose of a tensor at least, relative to its largest entry; where separate branches lose more,
 # TIMES as much.
-FLOORS = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
+FLOORS = {"float32": 1e-4, "tf32": 5e-2, "bf16": 5e-2, "fp16": 1e-2}
 TIMES = 4.0
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,22 +121,30 @@ def _depthwise(kernel: Any, channels: int = 6, bias: bool = False, **settings: A
 
 
 def compare(setting: Setting, cases: Iterable[Case], precisions: Sequence[str]) -> Outcome:
-    """By precision the worst error of one convolution, with that of separate branches in the same place."""
+    """By precision the worst error of one convolution, with that of separate branches in the same place. A layer that
+    raises leaves the others, unless it broke the device."""
     outcome, figures = Outcome(), dict[str, dict[str, Any]]()
+    outcome.figures = figures
     for case in cases:
         for precision in precisions:
-            with interpreted(setting.device if case.form == "triton" else ""):
-                found = _errors(case, precision, setting.device, outcome)
+            try:
+                with interpreted(setting.device if case.form == "triton" else ""):
+                    found = _errors(case, precision, setting.device, outcome)
+                synchronize(setting.device)
+            except Exception as error:
+                outcome.problems.append(f"{case.name}, {precision}: {one_line(error)}")
+                if is_broken(setting.device):
+                    return outcome
+                continue
             _keep_worst(figures.setdefault(precision, {"layers": 0}), case, found)
-    outcome.figures = figures
     return outcome
 
 
 def _errors(case: Case, precision: str, device: str, outcome: Outcome) -> dict[str, tuple[float, float]]:
     """For each tensor of a step the error of one convolution and that of separate branches."""
     torch.manual_seed(0)
-    # in half precision rounding moves values across an activation's limits, where gradients jump
-    conv, activation = case.conv(), "none" if precision in HALVES else case.activation
+    # rounding moves values across an activation's limits, where gradients jump; in float32 it is rare, and left out
+    conv, activation = case.conv(), case.activation if precision == "float32" else "none"
     forms = both_forms(conv, norm(conv.out_channels, activation), branches_as="triton")
     x = batch(*case.images, mean=case.mean).to(HALVES.get(precision, torch.float32))
     expected = step(rounded(forms, torch.float64).separate, x.double())
