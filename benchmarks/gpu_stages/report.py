@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from pipeline.errors import DataError
 from pipeline.files import write_atomically
 
 VERSION = 1
-ROOT = Path(__file__).parents[2]
 
 
 class Report:
@@ -130,12 +130,17 @@ class Report:
 
 
 def code_digest() -> str:
-    """Of all Python files that a figure can depend on. In a kit the packages are installed elsewhere; then of the
-    benchmarks alone, beside the package's version in `machine`."""
+    """Of all Python files that a figure can depend on, wherever they are installed."""
+    folders = {"benchmarks": Path(__file__).parents[1]}
+    for name in ("pipeline", "teachers", "trainer"):
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        folders[name] = Path(spec.origin).parent
     state = hashlib.blake2b(digest_size=8)
-    for folder in ("benchmarks", "pipeline", "teachers", "trainer"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            state.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    for name, folder in folders.items():
+        for path in sorted(folder.rglob("*.py")):
+            state.update(f"{name}/{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return state.hexdigest()
 
 
