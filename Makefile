@@ -50,7 +50,7 @@ ablation-smoke: setup
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) scripts/ablation_smoke.py
 
 gpu-check: setup
-	@status=0; $(PYTHON_BIN) benchmarks/gpu_check.py $(GPU_CHECK) || status=$$?; \
+	@status=0; $(PYTHON_BIN) benchmarks/gpu_check.py $(GPU_CHECK) || status=$$?; [ $$status -ne 2 ] || exit 2; \
 	$(PYTHON_BIN) -m pytest -m gpu || status=$$?; exit $$status
 
 # KIT_PYTHON is a Python here, with its headers, of the version that the GPU machine has.

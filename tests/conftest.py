@@ -23,8 +23,13 @@ ENCODINGS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progres
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, beside which the others fit."""
+    """Begin with the files that take longest, beside which the others fit; leave out what needs an accelerator where
+    there is none."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    if not torch.accelerator.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip("there is no accelerator"))
 
 
 @pytest.fixture(scope="session")
