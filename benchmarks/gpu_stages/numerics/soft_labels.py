@@ -11,11 +11,12 @@ from pipeline.topk import Codes, SoftLabels, decode, decode_on, encode, encode_o
 from trainer.losses import TailPolicy, distillation_loss, mixed_labels
 
 TEMPERATURES = (1.0, 2.0, 4.0)
-DECODED = 1e-6  # decoding: largest difference of a probability, in float32 on both sides
-# Encoding: logarithms differ in their last bits, so that a rare value lies on the other side of a rounding border.
-CODES_OFF = 1e-3
+# Decoding: the largest difference of a probability. Both sides are float32, whose exp and log differ in the last bits.
+DECODED = 1e-5
+# Encoding: for the same reason a rare value lies on the other side of a rounding border, one of some ten thousand.
+CODES_OFF, ALWAYS_ALLOWED = 1e-3, 2
 # Losses against float64: relative to the largest entry; gradients of half logits are in half precision themselves.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def checks(setting: Setting) -> list[Check]:
@@ -82,10 +83,11 @@ def check_encoding(setting: Setting) -> Outcome:
         there, here = _arrays(found, shape), _arrays(expected, template)
         for name, value in there.items():
             off = (value - here[name]).abs()
-            part = float((off > 0).double().mean()) if off.numel() else 0.0
-            worst[name] = max(part, worst.get(name, 0.0))
-            outcome.expect(part <= CODES_OFF, f"{what}: {100 * part:.2f} % of the {name} differ")
-            outcome.expect(part == 0 or int(off.max()) <= 1, f"{what}: {name} differ by more than a step")
+            count, number = int((off > 0).sum()), max(1, off.numel())
+            worst[name] = max(count / number, worst.get(name, 0.0))
+            allowed = max(ALWAYS_ALLOWED, CODES_OFF * number)
+            outcome.expect(count <= allowed, f"{what}: {count} of {number} {name} differ")
+            outcome.expect(count == 0 or int(off.max()) <= 1, f"{what}: {name} differ by more than a step")
     outcome.figures = {"part that differs": worst}
     return outcome
 
