@@ -14,12 +14,13 @@ import pytest
 import timm
 import torch
 from gpu_stages import STAGES, student, teacher
-from gpu_stages.numerics import layers
+from gpu_stages.numerics import layers, soft_labels, training
 from gpu_stages.pipeline.overlap import covered, merged, overlap
 from gpu_stages.stage import Setting
 from gpu_stages.student.online import TEACHERS
 from torch import nn
 
+import trainer.checkpoint
 from trainer.students import build_student, pointwise
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,44 @@ def test_a_layer_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     wrong = [problem for problem in outcome.problems if "conv.weight: error 1.0e-02" in problem]
     assert wrong
     assert f"{case.name}: expected to train as stacked, found closed" in outcome.problems
+
+
+def test_wrong_labels_and_losses_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, calls = Setting("cpu", True, tmp_path), itertools.count()
+    decode_on, loss = soft_labels.decode_on, soft_labels.distillation_loss
+
+    def nearly(*arguments: Any) -> Any:
+        found = decode_on(*arguments)
+        return found._replace(tail=found.tail + 1e-3) if next(calls) % 2 == 0 else found  # on one of the sides
+
+    def doubled(logits: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        found = loss(logits, *arguments, **settings)
+        return found._replace(total=2 * found.total) if logits.dtype == torch.bfloat16 else found
+
+    monkeypatch.setattr(soft_labels, "decode_on", nearly)
+    monkeypatch.setattr(soft_labels, "distillation_loss", doubled)
+    assert "1000 classes, k = 10, T = 1, uniform: probabilities differ by 1.0e-03" in (
+        soft_labels.check_decoding(setting).problems
+    )
+    problems = soft_labels.check_losses(setting).problems
+    assert len(problems) == 12  # each tail policy, with and without a template, hard and mixed labels
+    assert all("bfloat16: error 1.0e+00" in problem for problem in problems)
+
+
+def test_a_checkpoint_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = trainer.checkpoint.load_checkpoint
+
+    def forget(folder: Path) -> Any:
+        state: Any = load(folder)
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg"].zero_()
+        return state
+
+    monkeypatch.setattr(trainer.checkpoint, "load_checkpoint", forget)
+    problems = training.check_resume(Setting("cpu", True, tmp_path), "float32", "auto").problems
+    assert [problem.split(" differs")[0] for problem in problems] == [
+        f"{kind}: {part}" for kind in ("deterministic", "cudnn.benchmark") for part in ("student", "ema", "optimizer")
+    ]
 
 
 # Intervals
