@@ -3,7 +3,28 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-fail() { printf 'setup: %s\n' "$1" >&2; exit 2; }
+say() { printf 'setup: %s\n' "$1"; }
+# The lock's file says that work was begun; what fails ends it in order, what is interrupted does not.
+fail() { : > .setup.lock; printf 'setup: %s\n' "$1" >&2; exit 2; }
+trap 'exit 130' INT TERM HUP  # not as a failure of the command that a signal ended
+
+# Two at once in one checkout would install over each other: the second one waits, and finds the work done. The lock is
+# given back when this script and all that it started have ended, in any way.
+made() {
+    [ -e .venv/.ready ] && [ -z "$(find pyproject.toml setup.py constraints.txt scripts/setup.sh pipeline/_jpeg.c \
+        trainer/students/_depthwise.[ch] -newer .venv/.ready)" ]
+}
+exec 9>> .setup.lock
+if command -v flock >/dev/null && ! flock --nonblock 9; then
+    say "another one is at work in this checkout; waiting for it"
+    flock 9
+    if made; then exit 0; fi
+fi
+if [ -s .setup.lock ]; then
+    say "the last one was interrupted; starting again with a new .venv"
+    rm -rf .venv
+fi
+echo begun > .setup.lock
 
 # The first Python of 3.11 to 3.13; PYTHON=... chooses another.
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
@@ -28,7 +49,7 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     missing+=("python$version-dev")
 
 if [ ${#missing[@]} -gt 0 ]; then
-    echo "setup: installing ${missing[*]}"
+    say "installing ${missing[*]}, about a minute"
     apt="apt-get install -y --no-install-recommends ${missing[*]}"
     sudo=
     if [ "$(id -u)" -ne 0 ]; then sudo=sudo; fi
@@ -45,8 +66,15 @@ and then the same make command again"
     fi
 fi
 
-[ -x .venv/bin/python ] && supported .venv/bin/python || "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,onnx]'
+if ! { [ -x .venv/bin/python ] && supported .venv/bin/python; }; then
+    say "making .venv for Python $version"
+    "$python" -m venv --clear .venv
+fi
+say "installing the packages into .venv: two to ten minutes and 6 GB at first, seconds when they are there"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+    --editable '.[demo,dev,onnx]' ||
+    fail "expected pip to install the packages, found that it could not (its message is above); run again when that is mended"
 .venv/bin/python -c 'import torchvision; torchvision.ops.nms' ||
     fail "expected torch and torchvision to be a matching pair, found that torchvision does not import; remove .venv and run again"
 touch .venv/.ready
+: > .setup.lock
