@@ -6,9 +6,10 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -21,6 +22,7 @@ from gpu_stages.student.online import TEACHERS
 from torch import nn
 
 import trainer.checkpoint
+from trainer.losses import TailPolicy
 from trainer.students import build_student, pointwise
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +106,20 @@ def test_wrong_labels_and_losses_are_noticed(tmp_path: Path, monkeypatch: pytest
     problems = soft_labels.check_losses(setting).problems
     assert len(problems) == 12  # each tail policy, with and without a template, hard and mixed labels
     assert all("bfloat16: error 1.0e+00" in problem for problem in problems)
+
+
+def test_every_tail_policy_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device in each dtype, on the CPU in float64, with and without a template, hard and mixed labels."""
+    seen, loss = Counter[Any](), soft_labels.distillation_loss
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        seen[settings["tail"]] += 1
+        return loss(*arguments, **settings)
+
+    monkeypatch.setattr(soft_labels, "distillation_loss", counted)
+    outcome = soft_labels.check_losses(Setting("cpu", True, tmp_path))
+    assert not outcome.problems
+    assert seen == dict.fromkeys(get_args(TailPolicy), 2 * 2 * 2 * 3)
 
 
 def test_a_checkpoint_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,8 +121,8 @@ def _loss(
     rows, classes, k = 64, 100, 5
     teacher = logits_of(rows, classes)
     codes, template = encode(teacher, k), encode_template(teacher[:, None])
-    index, gap, tail = (part.to(device) for part in codes.tensors())
-    soft = decode(index, gap, tail, classes, 2.0, template.to(device) if with_template else None)
+    index, gap, mass = (part.to(device) for part in codes.tensors())
+    soft = decode(index, gap, mass, classes, 2.0, template.to(device) if with_template else None)
     hard, other = torch.arange(rows, device=device) % classes, torch.arange(rows, device=device) * 7 % classes
     if mixed:
         hard = mixed_labels(hard, other, torch.linspace(0, 1, rows, device=device), classes)
