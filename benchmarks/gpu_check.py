@@ -149,7 +149,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 def _stages(text: str) -> list[str]:
     names = text.split(",")
-    if not names or any(name not in STAGES for name in names) or len(set(names)) < len(names):
+    if any(name not in STAGES for name in names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(STAGES)}, each once, found {text!r}")
     return [stage for stage in STAGES if stage in names]
 

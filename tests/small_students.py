@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import pytest
 import torch
-from small_weights import randomise
+from small_weights import calibrate, randomise
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
@@ -45,20 +45,6 @@ def expanded(model, name, branches_as="auto"):
 def images(name, count, seed=0):
     size = MODELS[name][1]
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def calibrate(model, x):
-    """Give every batch norm the statistics of these images, as training would; then evaluation mode."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    with torch.no_grad():
-        model.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
 
 
 @functools.cache

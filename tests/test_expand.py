@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from small_students import ALL_KINDS, calibrate, difference, each_model, expanded, images, small, small_images, stock
-from small_weights import grad, randomise
+from small_students import ALL_KINDS, difference, each_model, expanded, images, small, small_images, stock
+from small_weights import calibrate, grad, randomise
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_students import assert_folds_into_a_stock_model, calibrate, difference, small_expanded, small_images
-from small_weights import grad, randomise
+from small_students import assert_folds_into_a_stock_model, difference, small_expanded, small_images
+from small_weights import calibrate, grad, randomise
 from timm.layers.norm_act import BatchNormAct2d
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel

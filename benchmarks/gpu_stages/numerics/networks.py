@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from small_weights import randomise
+from small_weights import calibrate, randomise
 from torch import Tensor, nn
 
 from gpu_stages.numerics.layers import float32_by, interpreted
@@ -34,7 +34,7 @@ def checks(setting: Setting) -> list[Check]:
 def check_fold(setting: Setting, name: str) -> Outcome:
     """In evaluation: the expanded student and the folded one on the device, and folded there, against float64."""
     model, x = randomise(_student(setting, name, "auto")), _images(setting, 8)
-    _calibrate(model, x)
+    calibrate(model, x)
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
         on_device = copy.deepcopy(model).to(setting.device)
@@ -83,17 +83,6 @@ def _images(setting: Setting, count: int) -> Tensor:
     """A size at which strides do not divide the pixels."""
     size = 33 if setting.tiny else 129
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def _calibrate(model: nn.Module, x: Tensor) -> None:
-    """Give every batch norm the statistics of these images, as training would; then evaluation mode."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    model.train()(x)
-    model.eval()
 
 
 def _gradients(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
