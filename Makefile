@@ -22,7 +22,7 @@ help:
 
 setup: .venv/.ready
 
-SOURCES := pipeline/_jpeg.c trainer/students/_depthwise.c trainer/students/_depthwise.h
+SOURCES := pipeline/images/_jpeg.c trainer/students/fused/_depthwise.c trainer/students/fused/_depthwise.h
 .venv/.ready: pyproject.toml setup.py $(SOURCES) constraints.txt scripts/setup.sh
 	scripts/setup.sh
 

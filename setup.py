@@ -20,9 +20,9 @@ def flags() -> tuple[list[str], list[str]]:
 
 
 NEEDS = {
-    "pipeline._jpeg": "the headers of libjpeg-turbo and zlib; install libjpeg-dev and zlib1g-dev (Debian, Ubuntu), "
-    "libjpeg-turbo-devel and zlib-devel (Fedora), jpeg-turbo (Homebrew) or libjpeg-turbo (conda)",
-    "trainer.students._depthwise": "vector extensions; install GCC or Clang",
+    "softshard.pipeline.images._jpeg": "the headers of libjpeg-turbo and zlib; install libjpeg-dev and zlib1g-dev "
+    "(Debian, Ubuntu), libjpeg-turbo-devel and zlib-devel (Fedora), jpeg-turbo (Homebrew) or libjpeg-turbo (conda)",
+    "softshard.trainer.students.fused._depthwise": "vector extensions; install GCC or Clang",
 }
 
 
@@ -38,11 +38,13 @@ class Build(build_ext):
 
 
 compiler, linker = flags()
-jpeg = Extension("pipeline._jpeg", ["pipeline/_jpeg.c"], extra_compile_args=compiler, extra_link_args=linker)
+jpeg = Extension(
+    "softshard.pipeline.images._jpeg", ["pipeline/images/_jpeg.c"], extra_compile_args=compiler, extra_link_args=linker
+)
 depthwise = Extension(
-    "trainer.students._depthwise",
-    ["trainer/students/_depthwise.c"],
-    depends=["trainer/students/_depthwise.h"],
+    "softshard.trainer.students.fused._depthwise",
+    ["trainer/students/fused/_depthwise.c"],
+    depends=["trainer/students/fused/_depthwise.h"],
     extra_compile_args=["-O3"],
 )
 setup(ext_modules=[jpeg, depthwise], cmdclass={"build_ext": Build})

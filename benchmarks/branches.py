@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from trainer.students import build_student, expand
+from softshard.trainer.students import build_student, expand
 
 
 def sides_of(name: str, size: int) -> dict[str, nn.Module]:

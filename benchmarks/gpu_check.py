@@ -38,7 +38,7 @@ from gpu_stages.machine import describe
 from gpu_stages.report import Report
 from gpu_stages.stage import Setting, run_stage
 
-from pipeline.errors import DataError, SoftshardError
+from softshard.pipeline.runtime.errors import DataError, SoftshardError
 
 SHARES = {"numerics": 6, "student": 6, "teacher": 2, "pipeline": 4}  # of the time
 MOST_SECONDS = 1e6

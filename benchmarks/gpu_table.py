@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the packages, where they a
 from gpu_stages import STAGES
 from gpu_stages.report import Report
 
-from pipeline.errors import DataError
-from pipeline.files import write_atomically
+from softshard.pipeline.runtime.errors import DataError
+from softshard.pipeline.runtime.files import write_atomically
 
 BEGIN, END = "<!-- gpu reports -->\n", "<!-- end of gpu reports -->\n"
 NOTHING = "No GPU code of this project was run yet: there is no report of `make gpu-check`.\n"

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tensor_or_pillow
 from torchvision.transforms.v2 import functional as vision
 
-from pipeline.views import colour, spatial
+from softshard.pipeline.views.kernels import color, spatial
 
 Side = Callable[[int], object]  # does the operation on image number i
 FACTOR, PEER_FACTOR = 20_000, 20_000 / 16_384
@@ -80,74 +80,74 @@ def operations(images: list[np.ndarray]) -> dict[str, dict[str, Side]]:
 
     return {
         "invert": {
-            "kernel": kernel(colour.invert),
+            "kernel": kernel(color.invert),
             "Pillow": on_pillow(ImageOps.invert),
             "torchvision": on_tensors(vision.invert),
         },
         "posterize": {
-            "kernel": kernel(colour.posterize, 4),
+            "kernel": kernel(color.posterize, 4),
             "Pillow": on_pillow(lambda image: ImageOps.posterize(image, 4)),
             "torchvision": on_tensors(lambda image: vision.posterize(image, 4)),
         },
         "solarize": {
-            "kernel": kernel(colour.solarize, 100),
+            "kernel": kernel(color.solarize, 100),
             "Pillow": on_pillow(lambda image: ImageOps.solarize(image, 100)),
             "torchvision": on_tensors(lambda image: vision.solarize(image, 100)),
         },
         "solarize_add": {
-            "kernel": kernel(colour.solarize_add, 60),
+            "kernel": kernel(color.solarize_add, 60),
             "Pillow": on_pillow(lambda image: auto_augment.solarize_add(image, 60)),
         },
         "auto_contrast": {
-            "kernel": kernel(colour.auto_contrast),
+            "kernel": kernel(color.auto_contrast),
             "Pillow": on_pillow(ImageOps.autocontrast),
             "torchvision": on_tensors(vision.autocontrast),
         },
         "equalize": {
-            "kernel": kernel(colour.equalize),
+            "kernel": kernel(color.equalize),
             "Pillow": on_pillow(ImageOps.equalize),
             "torchvision": on_tensors(vision.equalize),
         },
         "brightness": {
-            "kernel": kernel(colour.brightness, FACTOR),
+            "kernel": kernel(color.brightness, FACTOR),
             "Pillow": on_pillow(lambda image: ImageEnhance.Brightness(image).enhance(PEER_FACTOR)),
             "torchvision": on_tensors(lambda image: vision.adjust_brightness(image, PEER_FACTOR)),
         },
         "contrast": {
-            "kernel": kernel(colour.contrast, FACTOR),
+            "kernel": kernel(color.contrast, FACTOR),
             "Pillow": on_pillow(lambda image: ImageEnhance.Contrast(image).enhance(PEER_FACTOR)),
             "torchvision": on_tensors(lambda image: vision.adjust_contrast(image, PEER_FACTOR)),
         },
         "saturation": {
-            "kernel": kernel(colour.saturation, FACTOR),
+            "kernel": kernel(color.saturation, FACTOR),
             "Pillow": on_pillow(lambda image: ImageEnhance.Color(image).enhance(PEER_FACTOR)),
             "torchvision": on_tensors(lambda image: vision.adjust_saturation(image, PEER_FACTOR)),
         },
         "grey": {
-            "kernel": kernel(colour.grey),
+            "kernel": kernel(color.grey),
             "Pillow": on_pillow(lambda image: image.convert("L").convert("RGB")),
             "torchvision": on_tensors(lambda image: vision.rgb_to_grayscale(image, 3)),
         },
         "hue": {
-            "kernel": kernel(colour.hue, 25),
+            "kernel": kernel(color.hue, 25),
             "Pillow": on_pillow(lambda image: tensor_or_pillow.adjust_hue(image, 0.1)),
             "torchvision": on_tensors(lambda image: vision.adjust_hue(image, 0.1)),
         },
         "fill": {
-            "kernel": kernel(colour.fill, *box, FILL),
+            "kernel": kernel(color.fill, *box, FILL),
             "Pillow": on_pillow(lambda image: image.paste(FILL, corners)),
         },
         "noise": {
-            "kernel": kernel(colour.noise, *box, np.uint64(7), table),
+            "kernel": kernel(color.noise, *box, np.uint64(7), table),
             "torchvision": on_tensors(erase_tensor),
         },
         "blend": {
-            "kernel": kernel(colour.blend, images[0], 19661),
+            "kernel": kernel(color.blend, images[0], 19661),
             "Pillow": on_pillow(lambda image: Image.blend(pillow[0], image, 0.3)),
             "torchvision": on_tensors(mix_tensors),
         },
         "paste": {
-            "kernel": kernel(colour.paste, images[0], *box),
+            "kernel": kernel(color.paste, images[0], *box),
             "Pillow": on_pillow(lambda image: image.paste(pillow[0].crop(corners), corners)),
         },
         "rotation": {

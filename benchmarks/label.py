@@ -25,15 +25,22 @@ import torch
 from accelerate import Accelerator
 from loader import write_photographs
 
-from pipeline.beton import open_beton
-from pipeline.label import label_units, make_labeller, missing_units
-from pipeline.labeller import Labeller
-from pipeline.launch import StopSignal
-from pipeline.loader import ViewLoader
-from pipeline.manifest import StoreManifest
-from pipeline.pack import pack
-from pipeline.recipe import LabelRecipe, PackRecipe, SourceRecipe, TeacherRecipe, TemplateRecipe, ViewRecipe
-from pipeline.store import create_store
+from softshard.pipeline.images.beton import open_beton
+from softshard.pipeline.images.manifest import StoreManifest
+from softshard.pipeline.images.pack import pack
+from softshard.pipeline.labels.label import label_units, make_labeller, missing_units
+from softshard.pipeline.labels.labeler import Labeller
+from softshard.pipeline.recipes.recipe import (
+    LabelRecipe,
+    PackRecipe,
+    SourceRecipe,
+    TeacherRecipe,
+    TemplateRecipe,
+    ViewRecipe,
+)
+from softshard.pipeline.runtime.launch import StopSignal
+from softshard.pipeline.store.store import create_store
+from softshard.pipeline.views.loader import ViewLoader
 
 MODEL, SIZE, CLASSES, VIEWS = "deit_base_patch16_224", 224, 1000, 4
 GOAL = 1.08

@@ -15,13 +15,23 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from trainer.formats import FORMATS
-from trainer.formats.contract import Job, Preprocessing
-from trainer.latency import Form, Side, measure, plot, ratios, save_json, sides_of, table, unfolded_network
-from trainer.recipe import ExpandRecipe, StudentRecipe
-from trainer.students import fold
-from trainer.students.build import Library
-from trainer.students.trace import Kind
+from softshard.trainer.export.formats import FORMATS
+from softshard.trainer.export.formats.contract import Job, Preprocessing
+from softshard.trainer.export.latency import (
+    Form,
+    Side,
+    measure,
+    plot,
+    ratios,
+    save_json,
+    sides_of,
+    table,
+    unfolded_network,
+)
+from softshard.trainer.recipe import ExpandRecipe, StudentRecipe
+from softshard.trainer.students import fold
+from softshard.trainer.students.build import Library
+from softshard.trainer.students.trace import Kind
 
 STUDENTS: dict[str, Library] = {
     "mobilenetv2_100": "timm",

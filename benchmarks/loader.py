@@ -31,10 +31,16 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from pipeline.beton import Beton, open_beton
-from pipeline.loader import ViewLoader
-from pipeline.pack import pack
-from pipeline.recipe import PackRecipe, RandAugmentRecipe, RandomErasingRecipe, SourceRecipe, ViewRecipe
+from softshard.pipeline.images.beton import Beton, open_beton
+from softshard.pipeline.images.pack import pack
+from softshard.pipeline.recipes.recipe import (
+    PackRecipe,
+    RandAugmentRecipe,
+    RandomErasingRecipe,
+    SourceRecipe,
+    ViewRecipe,
+)
+from softshard.pipeline.views.loader import ViewLoader
 
 SIZE, BATCH = 224, 64
 SHARING, SHARING_BATCH = 16, 16  # views of each image, images in a batch of them

@@ -20,8 +20,8 @@ from ffcv.writer import DatasetWriter
 from loader import write_photographs
 from torchvision.datasets import ImageFolder
 
-from pipeline.pack import pack
-from pipeline.recipe import PackRecipe, SourceRecipe
+from softshard.pipeline.images.pack import pack
+from softshard.pipeline.recipes.recipe import PackRecipe, SourceRecipe
 
 
 def cpu_seconds() -> float:

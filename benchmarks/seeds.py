@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.checkpoint import METRICS
+from softshard.trainer.loop.run_folder import METRICS
 
 DATA, CONFIGS = Path("data/demo"), Path("configs/demo")
 PLAIN = ("--student.expand", "null")
@@ -40,7 +40,15 @@ def train(kind: str, seed: int) -> Result:
     recipe, changes = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "trainer", "train", "--config", str(CONFIGS / f"{recipe}.yaml"), *changes]
+        command = [
+            sys.executable,
+            "-m",
+            "softshard.trainer",
+            "train",
+            "--config",
+            str(CONFIGS / f"{recipe}.yaml"),
+            *changes,
+        ]
         cpu = cpu_seconds([*command, "--seed", str(seed), "--output", str(run)], Path(folder) / "log.txt")
         last = json.loads((run / METRICS).read_text().splitlines()[-1])
     result = Result(last.get("folded_top1", last["ema_top1"]), cpu)

@@ -29,14 +29,14 @@ from step_sides import (
 )
 from store import BLOCK_ROWS, manifest, synthetic_logits
 
-from pipeline.beton import open_beton
-from pipeline.manifest import text_digest
-from pipeline.pack import pack
-from pipeline.probes import make_probes
-from pipeline.recipe import PackRecipe, SourceRecipe, ViewRecipe
-from pipeline.store import create_store, open_store
-from pipeline.topk import decode, encode, encode_template
-from trainer.labels import LabelReader, Labels, ViewLabels
+from softshard.pipeline.images.beton import open_beton
+from softshard.pipeline.images.manifest import text_digest
+from softshard.pipeline.images.pack import pack
+from softshard.pipeline.recipes.recipe import PackRecipe, SourceRecipe, ViewRecipe
+from softshard.pipeline.store.store import create_store, open_store
+from softshard.pipeline.store.topk import decode, encode, encode_template
+from softshard.pipeline.views.golden import make_probes
+from softshard.trainer.data.soft_labels import LabelReader, Labels, ViewLabels
 
 VIEWS = ViewRecipe(seed=0, count=2)
 BIN = Path(sys.executable).parent
@@ -150,7 +150,7 @@ def time_to_first_step(launcher: str, folder: Path, images: int, size: int) -> t
     changes = dict(ON_A_CPU) | {f"data.{name}": str(path) for name, path in data.items()}
     changes |= {"data.size": str(size), "data.workers": "1", "batch_size": str(images)}
     changes |= {"watch.updates": "1", "output": str(run)}
-    command = [*LAUNCHERS[launcher], "trainer", "train", "--config", str(RECIPE)]
+    command = [*LAUNCHERS[launcher], "softshard.trainer", "train", "--config", str(RECIPE)]
     command += [word for name, value in changes.items() for word in (f"--{name}", value)]
     started, shown = time.perf_counter(), folder / "log.txt"
     with shown.open("w") as log:

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from store import manifest, synthetic_logits
 from torch import nn
 
-from pipeline.batch import Batch
-from pipeline.recipe_file import Override, load_recipe
-from pipeline.store import create_store
-from pipeline.topk import encode, encode_template
-from trainer.labels import LabelReader, Labels, ViewLabels
-from trainer.learner import Learner, make_learner
-from trainer.losses import distillation_loss
-from trainer.recipe import TrainRecipe
+from softshard.pipeline.recipes.yaml_file import Override, load_recipe
+from softshard.pipeline.store.store import create_store
+from softshard.pipeline.store.topk import encode, encode_template
+from softshard.pipeline.views.batch import Batch
+from softshard.trainer.data.soft_labels import LabelReader, Labels, ViewLabels
+from softshard.trainer.loop.train_state import Learner, make_learner
+from softshard.trainer.losses import distillation_loss
+from softshard.trainer.recipe import TrainRecipe
 
 RECIPE = Path(__file__).parents[1] / "configs/train/ghostnetv3_100.yaml"
 ON_A_CPU: list[Override] = [("precision", "float32"), ("accumulation", "1")]

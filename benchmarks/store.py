@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.manifest import StoreManifest
-from pipeline.recipe import TemplateRecipe, ViewRecipe
-from pipeline.store import code_arrays, create_store, open_store
-from pipeline.topk import Codes, SoftLabels, decode, encode, encode_template
-from pipeline.zarr_store import compressed_bytes
+from softshard.pipeline.images.manifest import StoreManifest
+from softshard.pipeline.recipes.recipe import TemplateRecipe, ViewRecipe
+from softshard.pipeline.store.store import code_arrays, create_store, open_store
+from softshard.pipeline.store.topk import Codes, SoftLabels, decode, encode, encode_template
+from softshard.pipeline.store.zarr_group import compressed_bytes
 
 OURS = "softshard"
 K, BLOCK_ROWS, BATCH = 10, 32768, 1024

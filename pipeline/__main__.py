@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import INTERRUPTED_STATUS, add_verb, heavy_imports, run
-from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import LabelRecipe, PackRecipe
-from pipeline.recipe_file import load_recipe
+from softshard.pipeline.cli import INTERRUPTED_STATUS, Verbs, add_verb, heavy_imports, make_parser, run
+from softshard.pipeline.recipes.recipe import LabelRecipe, PackRecipe
+from softshard.pipeline.recipes.yaml_file import load_recipe
+from softshard.pipeline.runtime.errors import DataError, RecipeError
 
 DAMAGED_STATUS = 1
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from pipeline.pack import pack
+    from softshard.pipeline.images.pack import pack
 
     recipe = load_recipe(PackRecipe, arguments.config, arguments.overrides)
     manifest = pack(recipe)
@@ -29,8 +29,8 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _label(arguments: argparse.Namespace) -> int:
     with heavy_imports():
-        from pipeline.label import estimate, label
-        from pipeline.store import open_store
+        from softshard.pipeline.labels.label import estimate, label
+        from softshard.pipeline.store.store import open_store
 
     recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
     if arguments.estimate:
@@ -52,14 +52,14 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from pipeline.verify import verify
+    from softshard.pipeline.verify import verify
 
     path = _existing(arguments.path)
     if (arguments.sample is None) != (arguments.config is None):
         raise RecipeError("verify: expected --sample N together with --config F, the label recipe, found one of them")
     report = verify(path)
     if arguments.sample is not None and not report.problems:
-        from pipeline.relabel import relabel
+        from softshard.pipeline.labels.spot_check import relabel
 
         recipe = load_recipe(LabelRecipe, arguments.config, [*arguments.overrides, ("store", json.dumps(path))])
         report = relabel(recipe, arguments.sample, arguments.seed)
@@ -71,7 +71,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from pipeline.show import describe, summary
+    from softshard.pipeline.show import describe, summary
 
     document = describe(_existing(arguments.path))
     print(json.dumps(document, indent=2) if arguments.json else summary(document))
@@ -79,14 +79,14 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from pipeline.convert import convert
+    from softshard.pipeline.shards.convert import convert
 
     print(convert(arguments.source, arguments.target, arguments.images, arguments.shard_samples))
     return 0
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    from pipeline.sheet import make_sheet
+    from softshard.pipeline.views.contact_sheet import make_sheet
 
     recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
     print(make_sheet(recipe, arguments.keys, arguments.views, arguments.out, arguments.size))
@@ -110,9 +110,7 @@ def _views(text: str) -> range:
     return views
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__, allow_abbrev=False)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+def add_verbs(verbs: Verbs) -> None:
     add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
     label = add_verb(verbs, "label", "label views with teachers (also under `accelerate launch -m`)", _label)
     label.add_argument("--views", type=_views, metavar="A-B", help="these views alone; other launches do the others")
@@ -138,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     render.add_argument("--views", required=True, help="numbers and ranges: 0-7 or 0,3,5-6")
     render.add_argument("--out", type=Path, required=True, help="the .png to write")
     render.add_argument("--size", type=int, help="pixels of a view's side, instead of the teacher's")
-    return run(parser, arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(make_parser("python -m pipeline", __doc__, [add_verbs]), arguments)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
-from pipeline.errors import RecipeError, SoftshardError
-from pipeline.recipe_file import Override
+from softshard.pipeline.recipes.yaml_file import Override
+from softshard.pipeline.runtime.errors import RecipeError, SoftshardError
 
 ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 Verb = Callable[[argparse.Namespace], int]
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Parse, call the chosen verb's `run` function, return the exit status; user errors are printed as plain text."""
+    # Decoding threads and torch's threads share the cores. An OpenMP thread that spins while it waits for one that has
+    # no core makes a training step many times slower; one that sleeps costs next to nothing. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         known, rest = parser.parse_known_args(arguments)
         known.overrides = overrides(rest)
@@ -52,7 +57,18 @@ def heavy_imports() -> Iterator[None]:
         gc.enable()
 
 
-def add_verb(verbs, name: str, help: str, function: Verb, config: bool = True) -> argparse.ArgumentParser:
+def make_parser(
+    program: str, description: str | None, groups: Sequence[Callable[[Verbs], None]]
+) -> argparse.ArgumentParser:
+    """The parser of a command with the verbs of some groups; its help lists them with one line each."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add_verbs in groups:
+        add_verbs(verbs)
+    return parser
+
+
+def add_verb(verbs: Verbs, name: str, help: str, function: Verb, config: bool = True) -> argparse.ArgumentParser:
     """A sub-command; with `config` it takes `--config F` and overrides."""
     parser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.set_defaults(run=function)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.beton import Beton, is_beton, open_beton
-from pipeline.convert import describe_shards
-from pipeline.errors import few
-from pipeline.store import Store, open_store
-from pipeline.topk import decode
-from pipeline.wds_store import is_shards
+from softshard.pipeline.images.beton import Beton, is_beton, open_beton
+from softshard.pipeline.runtime.errors import few
+from softshard.pipeline.shards.convert import describe_shards
+from softshard.pipeline.shards.format import is_shards
+from softshard.pipeline.store.store import Store, open_store
+from softshard.pipeline.store.topk import decode
 
 FIRST = 5  # classes and skipped images that the summary names
 

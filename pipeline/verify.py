@@ -9,13 +9,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.beton import Beton, is_beton, open_beton, padding
-from pipeline.convert import verify_shards
-from pipeline.errors import FormatError, SoftshardError
-from pipeline.jpeg import decodes
-from pipeline.parallel import in_order
-from pipeline.store import Store, open_store
-from pipeline.wds_store import is_shards
+from softshard.pipeline.images.beton import Beton, is_beton, open_beton, padding
+from softshard.pipeline.images.jpeg import decodes
+from softshard.pipeline.runtime.errors import FormatError, SoftshardError
+from softshard.pipeline.runtime.threads import in_order
+from softshard.pipeline.shards.convert import verify_shards
+from softshard.pipeline.shards.format import is_shards
+from softshard.pipeline.store.store import Store, open_store
 
 
 class Report(NamedTuple):

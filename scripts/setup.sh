@@ -11,8 +11,8 @@ trap 'exit 130' INT TERM HUP  # not as a failure of the command that a signal en
 # Two at once in one checkout would install over each other: the second one waits, and finds the work done. The lock is
 # given back when this script and all that it started have ended, in any way.
 made() {
-    [ -e .venv/.ready ] && [ -z "$(find pyproject.toml setup.py constraints.txt scripts/setup.sh pipeline/_jpeg.c \
-        trainer/students/_depthwise.[ch] -newer .venv/.ready)" ]
+    [ -e .venv/.ready ] && [ -z "$(find pyproject.toml setup.py constraints.txt scripts/setup.sh pipeline/images/_jpeg.c \
+        trainer/students/fused/_depthwise.[ch] -newer .venv/.ready)" ]
 }
 exec 9>> .setup.lock
 if command -v flock >/dev/null && ! flock --nonblock 9; then

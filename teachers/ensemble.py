@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from teachers.teacher import Teacher, TeacherError
+from softshard.teachers.teacher import Teacher, TeacherError
 
 
 class Ensemble(nn.Module):

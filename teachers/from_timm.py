@@ -8,8 +8,8 @@ import timm
 import timm.data
 from torch import Tensor, nn
 
-from teachers.teacher import Preprocessing, Teacher, TeacherError, unknown_name
-from teachers.weights import load_weights, read_weights, wrong_weights
+from softshard.teachers.teacher import Preprocessing, Teacher, TeacherError, unknown_name
+from softshard.teachers.weights import load_weights, read_weights, wrong_weights
 
 
 def load_timm(model: str, checkpoint: str | None, size: int | None, classes: int) -> Teacher:

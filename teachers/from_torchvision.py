@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from teachers.teacher import Preprocessing, Teacher, TeacherError, unknown_name
-from teachers.weights import load_weights, read_weights, wrong_weights
+from softshard.teachers.teacher import Preprocessing, Teacher, TeacherError, unknown_name
+from softshard.teachers.weights import load_weights, read_weights, wrong_weights
 
 # No auxiliary heads, which eval mode does not use. The published weights, and what is tuned from them, were ported from
 # TensorFlow and expect its scaling of the pixels, which transform_input applies; a state dict does not say it.

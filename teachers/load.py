@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from teachers.from_timm import load_timm
-from teachers.from_torchvision import load_torchvision
-from teachers.teacher import Teacher, TeacherError
+from softshard.teachers.from_timm import load_timm
+from softshard.teachers.from_torchvision import load_torchvision
+from softshard.teachers.teacher import Teacher, TeacherError
 
 LOADERS = {"timm": load_timm, "torchvision": load_torchvision}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import timm.models
 from torch import Tensor, nn
 
-from teachers.teacher import TeacherError
+from softshard.teachers.teacher import TeacherError
 
 
 def read_weights(checkpoint: str) -> dict[str, Tensor]:

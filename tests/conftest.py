@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.small_packs import pack_folder
+from helpers.small_runs import label_recipe, make_inputs, mnist_data
+from helpers.small_sources import images_of, sample, table, write_tar
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from small_packs import pack_folder
-from small_runs import label_recipe, make_inputs, mnist_data
-from small_sources import images_of, sample, table, write_tar
 
-from pipeline.beton import Beton
-from pipeline.label import label
+from softshard.pipeline.images.beton import Beton
+from softshard.pipeline.labels.label import label
 
 SIZES = [(427, 640), (200, 300), (161, 160), (64, 48), (33, 97), (17, 301), (301, 17), (8, 8), (2, 3), (1, 1)]
 LONGEST = ("test_configs.py", "test_kills.py", "test_kills_in_training.py", "test_processes.py", "test_train.py")

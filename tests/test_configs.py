@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_packs import recipe_for
-from small_runs import write_digits, write_teacher
+from helpers.paths import CONFIGS
+from helpers.small_packs import recipe_for
+from helpers.small_runs import write_digits, write_teacher
 
-from pipeline.cli import overrides
-from pipeline.label import label
-from pipeline.pack import pack
-from pipeline.recipe import LabelRecipe
-from pipeline.recipe_file import load_recipe
-from teachers import PUBLISHED
-from trainer.checkpoint import LAST, WEIGHTS
-from trainer.recipe import TrainRecipe
-from trainer.train import train
+from softshard.pipeline.cli import overrides
+from softshard.pipeline.images.pack import pack
+from softshard.pipeline.labels.label import label
+from softshard.pipeline.recipes.recipe import LabelRecipe
+from softshard.pipeline.recipes.yaml_file import load_recipe
+from softshard.teachers import PUBLISHED
+from softshard.trainer.loop.run_folder import LAST, WEIGHTS
+from softshard.trainer.loop.train import train
+from softshard.trainer.recipe import TrainRecipe
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 SCRIPT = runpy.run_path(str(CONFIGS.parent / "scripts/ablation_smoke.py"))
 LABEL = {path.stem: path for path in sorted((CONFIGS / "label").glob("*.yaml"))}
 TRAIN = {path.stem: path for path in sorted((CONFIGS / "train").glob("*.yaml"))}

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import label_recipe, make_inputs
-from small_stores import files_of
+from helpers.small_runs import label_recipe, make_inputs
+from helpers.small_stores import files_of
 
-from pipeline.errors import SoftshardError
-from pipeline.label import label
-from pipeline.store import open_store
-from pipeline.verify import verify
+from softshard.pipeline.labels.label import label
+from softshard.pipeline.runtime.errors import SoftshardError
+from softshard.pipeline.store.store import open_store
+from softshard.pipeline.verify import verify
 
 SEED, TIMES = 5, 5
 

@@ -7,17 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import write_digits
+from helpers.paths import ROOT
+from helpers.small_runs import write_digits
 
-import pipeline.__main__
-import trainer.__main__
-
-ROOT = Path(__file__).parent.parent
+import softshard.pipeline.__main__
+import softshard.trainer.__main__
 
 
 def call(*words: str) -> int:
     package, *rest = words
-    return {"pipeline": pipeline.__main__.main, "trainer": trainer.__main__.main}[package](rest)
+    return {"pipeline": softshard.pipeline.__main__.main, "trainer": softshard.trainer.__main__.main}[package](rest)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +59,9 @@ def test_the_demos_recipes_run_end_to_end(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_hard_and_soft_students_share_start_views_and_budget() -> None:
-    from pipeline.recipe import LabelRecipe
-    from pipeline.recipe_file import load_recipe
-    from trainer.recipe import TrainRecipe
+    from softshard.pipeline.recipes.recipe import LabelRecipe
+    from softshard.pipeline.recipes.yaml_file import load_recipe
+    from softshard.trainer.recipe import TrainRecipe
 
     demo = ROOT / "configs/demo"
     hard, soft = (load_recipe(TrainRecipe, demo / f"student_{kind}.yaml") for kind in ("hard", "soft"))
@@ -103,12 +102,12 @@ def test_bad_commands_end_with_one_clear_message(
 
 
 def test_a_full_disk_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    import pipeline.pack
+    import softshard.pipeline.images.pack
 
     def full(*_):
         raise OSError(28, "No space left on device", "x.beton")
 
-    monkeypatch.setattr(pipeline.pack, "pack", full)
+    monkeypatch.setattr(softshard.pipeline.images.pack, "pack", full)
     assert call("pipeline", "pack", "--config", str(ROOT / "configs/demo/pack_train.yaml")) == 2
     assert "x.beton: expected free disk, found none" in capsys.readouterr().err
 

@@ -1,9 +1,9 @@
 """What an installation must bring beside the code."""
 
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from helpers.paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

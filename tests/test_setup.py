@@ -9,10 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
-READ = ("pyproject.toml", "setup.py", "constraints.txt", "pipeline/_jpeg.c", "trainer/students/_depthwise.c")
-READ += ("trainer/students/_depthwise.h",)
+READ = (
+    "pyproject.toml",
+    "setup.py",
+    "constraints.txt",
+    "pipeline/images/_jpeg.c",
+    "trainer/students/fused/_depthwise.c",
+)
+READ += ("trainer/students/fused/_depthwise.h",)
 # `python -m venv` makes a .venv with the same program; `pip install` waits as long as a file `wait` is there.
 PYTHON = """#!/bin/bash
 case "$*" in

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import INTERRUPTED_STATUS, add_verb, heavy_imports, run
-from pipeline.files import write_atomically
-from pipeline.recipe_file import load_recipe
+from softshard.pipeline.cli import INTERRUPTED_STATUS, Verbs, add_verb, heavy_imports, make_parser, run
+from softshard.pipeline.recipes.yaml_file import load_recipe
+from softshard.pipeline.runtime.files import write_atomically
 
 
 def _train(arguments: argparse.Namespace) -> int:
     with heavy_imports():
-        from trainer.recipe import TrainRecipe
-        from trainer.train import train
+        from softshard.trainer.loop.train import train
+        from softshard.trainer.recipe import TrainRecipe
 
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     if train(recipe):
@@ -27,8 +27,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     with heavy_imports():
-        from trainer.evaluate import evaluate
-        from trainer.recipe import TrainRecipe
+        from softshard.trainer.evaluate import evaluate
+        from softshard.trainer.recipe import TrainRecipe
 
     recipe = load_recipe(TrainRecipe, arguments.config, arguments.overrides)
     result = evaluate(recipe, arguments.weights)
@@ -45,7 +45,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     with heavy_imports():
-        from trainer.export import export
+        from softshard.trainer.export.export import export
 
     exported = export(arguments.run_folder, arguments.out, arguments.formats, arguments.best)
     print(
@@ -61,7 +61,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _latency(arguments: argparse.Namespace) -> int:
-    from trainer.latency import latency, plot, save_json, table
+    from softshard.trainer.export.latency import latency, plot, save_json, table
 
     latencies = latency(arguments.export, arguments.rounds)
     print(table(latencies))
@@ -72,9 +72,7 @@ def _latency(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__, allow_abbrev=False)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+def add_verbs(verbs: Verbs) -> None:
     add_verb(
         verbs, "train", "train a student (also under `accelerate launch -m`); goes on where the run stopped", _train
     )
@@ -103,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timing.add_argument("--rounds", type=int, default=50, help="how often each format is timed, in turns")
     timing.add_argument("--json", type=Path, help="write the figures of all rounds to this file")
     timing.add_argument("--plot", type=Path, help="write a PNG of latency against MACs to this file")
-    return run(parser, arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(make_parser("python -m trainer", __doc__, [add_verbs]), arguments)
 
 
 if __name__ == "__main__":

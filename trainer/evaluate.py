@@ -1,68 +1,16 @@
-"""Predictions of students, and how good they are."""
+"""How good a run's weights or an exported folder are on the validation set."""
 
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from pipeline.beton import Beton
-from pipeline.launch import make_accelerator
-from pipeline.loader import ViewLoader
-from pipeline.views.geometry import CENTRE
-from trainer.data import open_validation_set
-from trainer.formats.contract import Predictor
-from trainer.formats.folder import load_folder
-from trainer.recipe import TrainRecipe
-from trainer.safety import check_device
-from trainer.student import Student, make_student
-
-
-class Scores(NamedTuple):
-    """top1 and top5 in percent of the images; loss: the mean cross-entropy, in nats."""
-
-    top1: float
-    top5: float
-    loss: float
-
-
-def train_accelerator(recipe: TrainRecipe, stage: str, **options: Any) -> Accelerator:
-    """The Accelerator of a train recipe, whose students are evaluated in the precision that they train in; `options`
-    are Accelerate's own. Raises RecipeError for what the recipe asks of a device that it cannot do."""
-    check_device(recipe)
-    mixed = {"float32": "no"}.get(recipe.precision, recipe.precision)
-    accumulation = GradientAccumulationPlugin(recipe.accumulation)  # a number alone yields to the environment's
-    return make_accelerator(
-        stage, recipe.precision, mixed_precision=mixed, gradient_accumulation_plugin=accumulation, **options
-    )
-
-
-def validation_loader(recipe: TrainRecipe, beton: Beton, accelerator: Accelerator) -> ViewLoader:
-    data = recipe.data
-    batch_size = max(1, recipe.batch_size // (accelerator.num_processes * recipe.accumulation))
-    return ViewLoader(beton, None, data.size, batch_size, data.workers, accelerator.device, data.crop_pct)
-
-
-def score(
-    accelerator: Accelerator,
-    students: Mapping[str, nn.Module],
-    loader: ViewLoader,
-    rows: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    view: int = CENTRE,
-) -> dict[str, Scores]:
-    """Scores of each student on rows in a view, which are decoded once for all of them; targets int64 [N], the class of
-    each row. Every process takes a share of the rows, and all return the scores of all."""
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    sums, _ = _measure(accelerator, students, loader, rows[mine], targets[mine], view)
-    total: Any = accelerator.reduce(sums)
-    means = (total.cpu().double() / len(rows)).tolist()
-    return {name: _scores(mean) for name, mean in zip(students, means, strict=True)}
+from softshard.pipeline.views.geometry import CENTRE
+from softshard.trainer.data.training_set import open_validation_set
+from softshard.trainer.export.formats.folder import load_folder
+from softshard.trainer.loop.scores import Scores, measure, scores_of, train_accelerator, validation_loader
+from softshard.trainer.recipe import TrainRecipe
+from softshard.trainer.student import Student, make_student
 
 
 class Evaluation(NamedTuple):
@@ -82,78 +30,7 @@ def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
     student = Student(load_folder(weights)) if weights.is_dir() else make_student(recipe, weights)
     students = {"student": student.to(accelerator.device)}
     loader, rows = validation_loader(recipe, beton, accelerator), np.arange(len(beton))
-    [sums], [predictions] = _measure(accelerator, students, loader, rows, beton.labels, CENTRE)
+    [sums], [predictions] = measure(accelerator, students, loader, rows, beton.labels, CENTRE)
     means = (sums.cpu().double() / len(beton)).tolist()
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    return Evaluation(_scores(means), len(beton), parameters, predictions.tolist())
-
-
-@torch.inference_mode()
-def _measure(
-    accelerator: Accelerator,
-    students: Mapping[str, nn.Module],
-    loader: ViewLoader,
-    rows: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    view: int,
-) -> tuple[Tensor, Tensor]:
-    """For each student the sums of what Scores are means of, float32 [S, 3], and its predictions, int64 [S, N]; both
-    on the device, which is not waited for."""
-    for student in students.values():
-        student.eval()
-    sums, predictions = torch.zeros(len(students), len(Scores._fields), device=accelerator.device), []
-    for batch, classes in zip(loader.render(rows, view), _parts(targets, loader.batch_size), strict=True):
-        classes = classes.to(accelerator.device, non_blocking=True)
-        with accelerator.autocast():
-            logits = [student(batch.images).float() for student in students.values()]
-        sums += torch.stack([_sums(part, classes) for part in logits])
-        predictions.append(torch.stack([part.argmax(dim=1) for part in logits]))
-    return sums, torch.cat(predictions, dim=1) if predictions else torch.empty(len(students), 0, dtype=torch.int64)
-
-
-def _parts(targets: NDArray[np.int64], size: int) -> tuple[Tensor, ...]:
-    return torch.from_numpy(targets).split(size) if len(targets) else ()
-
-
-def _scores(means: Sequence[float]) -> Scores:
-    return Scores(100 * means[0], 100 * means[1], means[2])
-
-
-def _sums(logits: Tensor, classes: Tensor) -> Tensor:
-    """float32 [3]: how many rows have their class first, among the first five, and the sum of their losses."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
-    loss = torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.sum(), loss])
-
-
-class Comparison(NamedTuple):
-    """top1, and agreement of predictions with those of a reference, in percent; the largest difference from its logits,
-    relative to the largest of them."""
-
-    top1: float
-    agreement: float
-    difference: float
-
-
-@torch.inference_mode()
-def compare(
-    reference: Predictor, others: Mapping[str, Predictor], batches: Iterable[tuple[Tensor, Tensor]]
-) -> dict[str, Comparison]:
-    """Each of `others` against the reference, in one pass over batches of normalised images, float32 [N, 3, S, S], and
-    hard labels, int64 [N]."""
-    images, largest = 0, torch.zeros(())
-    right, same = dict.fromkeys(others, 0), dict.fromkeys(others, 0)
-    difference = dict.fromkeys(others, torch.zeros(()))  # torch's maximum keeps a nan
-    for pixels, labels in batches:
-        expected = reference(pixels)
-        images, largest = images + len(labels), torch.maximum(largest, expected.abs().max())
-        for name, predictor in others.items():
-            found = predictor(pixels)
-            predicted = found.argmax(dim=1)
-            right[name] += int((predicted == labels).sum())
-            same[name] += int((predicted == expected.argmax(dim=1)).sum())
-            difference[name] = torch.maximum(difference[name], (found - expected).abs().max())
-    return {
-        name: Comparison(100 * right[name] / images, 100 * same[name] / images, float(difference[name] / largest))
-        for name in others
-    }
+    return Evaluation(scores_of(means), len(beton), parameters, predictions.tolist())

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.topk import SoftLabels
+from softshard.pipeline.store.topk import SoftLabels
 
 TailPolicy = Literal["drop", "lump", "spread"]
 Weighted = tuple[float, SoftLabels]  # the weight of a store's labels among several, and the labels

@@ -1,4 +1,4 @@
-"""The train recipe: data, student, loss, optimiser, schedule, and how to watch. pipeline/recipe_file.py reads it."""
+"""The train recipe: data, student, loss, optimizer, schedule, and how to watch."""
 
 import difflib
 from typing import Annotated, Any, Literal
@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 import timm.optim
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo, field_validator, model_validator
 
-from pipeline.recipe import Fraction, Model, Precision, ViewRecipe
-from trainer.losses import TailPolicy
-from trainer.students.build import Library
-from trainer.students.expand import Init
-from trainer.students.one_convolution import BranchesAs
-from trainer.students.trace import Kind
+from softshard.pipeline.recipes.recipe import Fraction, Model, Precision, ViewRecipe
+from softshard.trainer.losses import TailPolicy
+from softshard.trainer.students.build import Library
+from softshard.trainer.students.expand import Init
+from softshard.trainer.students.fused.dispatch import BranchesAs
+from softshard.trainer.students.trace import Kind
 
 # A smaller rate changes no float32 weight. Adaptive optimisers move a weight by about the rate, whatever its gradient.
 SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTIVE_LR = 1e-8, 100.0, 1.0

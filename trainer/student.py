@@ -8,11 +8,11 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from trainer.students import build_student, expand
-from trainer.students.weights import load_weights, read_weights
+from softshard.trainer.students import build_student, expand
+from softshard.trainer.students.weights import load_weights, read_weights
 
 if TYPE_CHECKING:  # the class is of use without recipes, and what reads them
-    from trainer.recipe import TrainRecipe
+    from softshard.trainer.recipe import TrainRecipe
 
 
 class Student(nn.Module):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages import STAGES
-from pipeline.errors import DataError
-from pipeline.files import write_atomically
+from softshard.pipeline.runtime.errors import DataError
+from softshard.pipeline.runtime.files import write_atomically
 
 VERSION = 1
 
@@ -133,7 +133,7 @@ def code_digest() -> str:
     """Of all Python files that a figure can depend on, wherever they are installed."""
     folders = {"benchmarks": Path(__file__).parents[1]}
     for name in ("pipeline", "teachers", "trainer"):
-        spec = find_spec(name)
+        spec = find_spec(f"softshard.{name}")
         assert spec is not None
         assert spec.origin is not None
         folders[name] = Path(spec.origin).parent

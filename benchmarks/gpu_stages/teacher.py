@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 from gpu_stages.timing import OUT_OF_MEMORY, cost, give_back, is_out_of_memory, random_images, synchronize
-from pipeline.topk import Encoded, encode_on_device, to_codes
-from teachers import Ensemble, Teacher
-from teachers.teacher import Preprocessing
+from softshard.pipeline.store.topk import Encoded, encode_on_device, to_codes
+from softshard.teachers import Ensemble, Teacher
+from softshard.teachers.teacher import Preprocessing
 
 MODELS = ("beitv2_base_patch16_224", "deit_base_patch16_224", "resnet101")
 BATCHES, COMPILED_BATCHES = (64, 256, 1024), (256, 1024, 64)  # the latter in the order of their worth
@@ -56,8 +56,8 @@ def eager(model: str, batches: tuple[int, ...], setting: Setting) -> Outcome:
 
 
 def compiled(model: str, images: int, setting: Setting) -> Outcome:
-    """Compiled as pipeline/labeller.py does it, and compared with what is not; on a CPU without inductor, which takes
-    minutes there."""
+    """Compiled as pipeline/labels/labeler.py does it, and compared with what is not; on a CPU without inductor, which
+    takes minutes there."""
     outcome = Outcome({"model": model, "mode": "compiled"})
     ensemble = make_ensemble(model, setting)
     pixels = random_images(images, ensemble.sizes[0], setting.device)
@@ -75,7 +75,7 @@ def compiled(model: str, images: int, setting: Setting) -> Outcome:
 
 
 def make_ensemble(model: str, setting: Setting) -> Ensemble:
-    """One teacher, as pipeline/labeller.py has it."""
+    """One teacher, as pipeline/labels/labeler.py has it."""
     torch.manual_seed(0)
     network = timm.create_model(model, pretrained=False, num_classes=CLASSES)
     settings = timm.data.resolve_model_data_config(network)
@@ -85,7 +85,7 @@ def make_ensemble(model: str, setting: Setting) -> Ensemble:
 
 
 def labelling(ensemble: Callable[..., Tensor], setting: Setting) -> Label:
-    """Logits in bf16, as pipeline/labeller.py gets them."""
+    """Logits in bf16, as pipeline/labels/labeler.py gets them."""
 
     @torch.inference_mode()
     def label(images: Tensor) -> Tensor:

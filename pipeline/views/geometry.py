@@ -5,8 +5,8 @@ Word numbers: 4t .. 4t+3 for try t of the crop (area, aspect, top, left), 64 for
 
 import numpy as np
 
-from pipeline.views.compiled import compiled
-from pipeline.views.draws import ASPECTS, ONE, draw_below, stream
+from softshard.pipeline.views.kernels.jit import compiled
+from softshard.pipeline.views.kernels.rng import ASPECTS, ONE, draw_below, stream
 
 CENTRE = -1  # the view number of the centre crop that validation uses: no draws
 CROP_TRIES = 10

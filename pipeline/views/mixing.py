@@ -6,9 +6,9 @@ mixing (which kind, whether, share, partner, centre of the box).
 
 import numpy as np
 
-from pipeline.views.compiled import compiled
-from pipeline.views.draws import ASPECTS, ONE, QUANTILES, draw, draw_below, stream
-from pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.kernels.jit import compiled
+from softshard.pipeline.views.kernels.rng import ASPECTS, ONE, QUANTILES, draw, draw_below, stream
 
 ERASE_WORD, ERASE_BOX_WORD, ERASE_TRIES = 320, 384, 10
 MIX_WORD = 2048

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.recipe import POLICIES, ColorJitterRecipe, MixRecipe, RandomErasingRecipe, ViewRecipe
-from pipeline.views.draws import ONE, QUANTILES, beta_quantiles, fixed, normal_quantiles, sqrt_aspects
+from softshard.pipeline.recipes.recipe import POLICIES, ColorJitterRecipe, MixRecipe, RandomErasingRecipe, ViewRecipe
+from softshard.pipeline.views.kernels.rng import ONE, QUANTILES, beta_quantiles, fixed, normal_quantiles, sqrt_aspects
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: what lies outside a moved image, and what erases
 DEVIATION = (58, 57, 57)

@@ -9,10 +9,10 @@ Word numbers: 128 + 8k .. for operation k of a policy (choice, whether, strength
 
 import numpy as np
 
-from pipeline.views.colour import FACTOR_BITS
-from pipeline.views.compiled import compiled
-from pipeline.views.draws import ONE, QUANTILES, draw_below
-from pipeline.views.spatial import DEGREE, RADIUS_BITS
+from softshard.pipeline.views.kernels.color import FACTOR_BITS
+from softshard.pipeline.views.kernels.jit import compiled
+from softshard.pipeline.views.kernels.rng import ONE, QUANTILES, draw_below
+from softshard.pipeline.views.kernels.spatial import DEGREE, RADIUS_BITS
 
 # RandAugment draws from the first fifteen, in timm's order.
 AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, SATURATION, CONTRAST, BRIGHTNESS = range(10)

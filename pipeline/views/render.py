@@ -1,20 +1,21 @@
 """The one decoder: checks, decodes, crops, resizes, flips, augments, erases and mixes, in code kept on disk.
 
-Registered with FFCV by the loader. `pipeline.jpeg` gives it the C functions that it calls.
+Registered with FFCV by the loader. `softshard.pipeline.images.jpeg` gives it the C functions that it calls.
 """
 
 import numpy as np
 from numba import types
 
-import pipeline.jpeg  # noqa: F401  # registers the C functions before anything is compiled
-from pipeline.views import colour, mixing, policies, spatial
-from pipeline.views.compiled import compiled, kept, sources_digest
-from pipeline.views.draws import ONE, stream
-from pipeline.views.geometry import CENTRE, view_geometry
-from pipeline.views.parameters import MEAN_COLOUR
-from pipeline.views.resize import resize
+import softshard.pipeline.images.jpeg  # noqa: F401  # registers the C functions before anything is compiled
+from softshard.pipeline.views import mixing, policies
+from softshard.pipeline.views.geometry import CENTRE, view_geometry
+from softshard.pipeline.views.kernels import color, spatial
+from softshard.pipeline.views.kernels.jit import compiled, kept, sources_digest
+from softshard.pipeline.views.kernels.resize import resize
+from softshard.pipeline.views.kernels.rng import ONE, stream
+from softshard.pipeline.views.parameters import MEAN_COLOUR
 
-SHARE_BITS = 20 - colour.WEIGHT_BITS  # shares have as many bits as ONE, blend wants fewer
+SHARE_BITS = 20 - color.WEIGHT_BITS  # shares have as many bits as ONE, blend wants fewer
 SPARES = 3  # images that the work on one view needs beside it
 
 _decode = types.ExternalFunction(
@@ -30,27 +31,27 @@ _crc32 = types.ExternalFunction("softshard_crc32", types.uint32(types.intp, type
 def operate(operation, argument, image, spare):
     """Apply one operation of a plan to an image in place; `spare` is two images of scratch."""
     if operation == policies.AUTO_CONTRAST:
-        colour.auto_contrast(image)
+        color.auto_contrast(image)
     elif operation == policies.EQUALIZE:
-        colour.equalize(image)
+        color.equalize(image)
     elif operation == policies.INVERT:
-        colour.invert(image)
+        color.invert(image)
     elif operation == policies.POSTERIZE:
-        colour.posterize(image, argument)
+        color.posterize(image, argument)
     elif operation == policies.SOLARIZE:
-        colour.solarize(image, argument)
+        color.solarize(image, argument)
     elif operation == policies.SOLARIZE_ADD:
-        colour.solarize_add(image, argument)
+        color.solarize_add(image, argument)
     elif operation == policies.SATURATION:
-        colour.saturation(image, argument)
+        color.saturation(image, argument)
     elif operation == policies.CONTRAST:
-        colour.contrast(image, argument)
+        color.contrast(image, argument)
     elif operation == policies.BRIGHTNESS:
-        colour.brightness(image, argument)
+        color.brightness(image, argument)
     elif operation == policies.GREY:
-        colour.grey(image)
+        color.grey(image)
     elif operation == policies.HUE:
-        colour.hue(image, argument)
+        color.hue(image, argument)
     else:
         _move(operation, argument, image, spare)
 
@@ -87,9 +88,9 @@ def _augment(p, state, image, spare):
     for number in range(mixing.erasures(p, state)):
         top, left, height, width = mixing.erase_box(p, state, number, image.shape[0])
         if p.erase_noise:
-            colour.noise(image, top, left, height, width, mixing.erase_noise_state(state, number), p.noise)
+            color.noise(image, top, left, height, width, mixing.erase_noise_state(state, number), p.noise)
         else:
-            colour.fill(image, top, left, height, width, MEAN_COLOUR)
+            color.fill(image, top, left, height, width, MEAN_COLOUR)
 
 
 @compiled
@@ -98,11 +99,11 @@ def _mix(p, state, image, other):
     kind = mixing.mix_kind(p, state)
     share = mixing.mix_share(p, state, kind)
     if kind == mixing.MIXUP:
-        colour.blend(image, other, share >> SHARE_BITS)
+        color.blend(image, other, share >> SHARE_BITS)
         return share
     size = image.shape[0]
     top, left, height, width = mixing.cut_box(state, share, size)
-    colour.paste(image, other, top, left, height, width)
+    color.paste(image, other, top, left, height, width)
     return ONE - height * width * ONE // (size * size)
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from trainer.students.geometry import has_identity, has_scale, padding, two, under_centre_tap
-from trainer.students.one_convolution import Branches, Form, Norm, form_of, sum_of_branches, trains_as_one
+from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale, padding, two, under_centre_tap
+from softshard.trainer.students.fused.dispatch import Branches, Form, Norm, form_of, sum_of_branches, trains_as_one
 
 
 @dataclass

@@ -9,8 +9,8 @@ import timm
 import torchvision.models
 from torch import nn
 
-from pipeline.errors import RecipeError
-from trainer.students.weights import load_plain_weights, read_weights
+from softshard.pipeline.runtime.errors import RecipeError
+from softshard.trainer.students.weights import load_plain_weights, read_weights
 
 Library = Literal["timm", "torchvision"]
 

@@ -9,12 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError, few
-from trainer.students.branches import MultiBranchConv
-from trainer.students.depthwise import runs_here
-from trainer.students.geometry import has_identity, has_scale
-from trainer.students.one_convolution import BranchesAs
-from trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
+from softshard.pipeline.runtime.errors import RecipeError, few
+from softshard.trainer.students.branches import MultiBranchConv
+from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale
+from softshard.trainer.students.fused.depthwise import runs_here
+from softshard.trainer.students.fused.dispatch import BranchesAs
+from softshard.trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
 
 Init = Literal["zero_gamma", "split_gamma"]
 

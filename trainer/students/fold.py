@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.students.branches import MultiBranchConv
-from trainer.students.geometry import centre_tap
+from softshard.trainer.students.branches import MultiBranchConv
+from softshard.trainer.students.fused.conv_geometry import centre_tap
 
 Affine = tuple[Tensor, Tensor]  # kernel [out, in / groups, height, width] and bias [out]; float64, on the CPU
 _M = TypeVar("_M", nn.Conv2d, nn.BatchNorm2d)

@@ -17,7 +17,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trainer.students.branches import MultiBranchConv
+from softshard.trainer.students.branches import MultiBranchConv
 
 Kind = Literal["depthwise", "pointwise", "grouped", "dense"]
 PlainModule = nn.Conv2d | nn.BatchNorm2d

@@ -7,7 +7,7 @@ from pathlib import Path
 import timm.models
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, FormatError, few
+from softshard.pipeline.runtime.errors import DataError, FormatError, few
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Compared are the output, every gradient and the running statistics, tensor by tensor. The yardstick is what separate
 branches lose of a tensor on the same device in the same precision: one convolution may lose a little more, and near
-zero there is a floor. `errors` of tests/small_branches.py says what an error is relative to.
+zero there is a floor. `errors` of tests/helpers/small_branches.py says what an error is relative to.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from small_branches import Results, batch, both_forms, errors, norm, rounded, step
+from helpers.small_branches import Results, batch, both_forms, errors, norm, rounded, step
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting, one_line
 from gpu_stages.timing import is_broken, synchronize
-from trainer.students import depthwise
-from trainer.students.branches import MultiBranchConv
-from trainer.students.one_convolution import trains_as_one
+from softshard.trainer.students.branches import MultiBranchConv
+from softshard.trainer.students.fused import depthwise
+from softshard.trainer.students.fused.dispatch import trains_as_one
 
 # What one convolution may lose of a tensor at least, relative to its largest entry; where separate branches lose more,
 # TIMES as much.

@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import torch
-from small_weights import calibrate, randomise
+from helpers.small_weights import calibrate, randomise
 from torch import Tensor, nn
 
 from gpu_stages.numerics.layers import float32_by, interpreted
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
-from trainer.students import build_student, expand, fold
+from softshard.trainer.students import build_student, expand, fold
 
 CLASSES = 10
 # Norms of differences, relative to those of what is expected. On a CPU folding in float32 loses some 1e-6 of the

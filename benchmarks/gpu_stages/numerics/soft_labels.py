@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from gpu_stages.stage import Check, Outcome, Setting
-from pipeline.topk import Codes, SoftLabels, decode, decode_on, encode, encode_on_device, encode_template, to_codes
-from trainer.losses import TailPolicy, distillation_loss, mixed_labels
+from softshard.pipeline.store.topk import (
+    Codes,
+    SoftLabels,
+    decode,
+    decode_on,
+    encode,
+    encode_on_device,
+    encode_template,
+    to_codes,
+)
+from softshard.trainer.losses import TailPolicy, distillation_loss, mixed_labels
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 # Decoding: the largest difference of a probability. Both sides are float32, whose exp and log differ in the last bits.

@@ -14,10 +14,10 @@ import torch
 
 from gpu_stages.numerics.layers import float32_by, interpreted
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
-from pipeline.topk import decode_on, encode
+from softshard.pipeline.store.topk import decode_on, encode
 
 if TYPE_CHECKING:
-    from trainer.learner import Learner
+    from softshard.trainer.loop.train_state import Learner
 
 NEEDS = ("accelerate", "pydantic", "ruamel.yaml", "safetensors")
 CLASSES, SIZE = 10, 32
@@ -79,7 +79,7 @@ def check_resume(setting: Setting, precision: str, form: str) -> Outcome:
 
 
 def _whole_and_resumed(setting: Setting, precision: str, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    from trainer.checkpoint import load_checkpoint, save_checkpoint
+    from softshard.trainer.loop.run_folder import load_checkpoint, save_checkpoint
 
     whole = make(setting, precision, form, SMALL_SCALE)
     train(whole, setting, range(2))
@@ -117,8 +117,8 @@ def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) ->
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradScalerKwargs
 
-    from trainer.learner import make_learner
-    from trainer.recipe import TrainRecipe
+    from softshard.trainer.loop.train_state import make_learner
+    from softshard.trainer.recipe import TrainRecipe
 
     student = {"model": "test_efficientnet" if setting.tiny else "mobilenetv2_050", "num_classes": CLASSES}
     student["expand"] = {"branches": 2, "branches_as": form}
@@ -133,7 +133,7 @@ def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) ->
 
 def train(learner: "Learner", setting: Setting, updates: range) -> torch.Tensor:
     """The losses of some updates [U], each on its own batch, on the CPU."""
-    from pipeline.batch import Batch
+    from softshard.pipeline.views.batch import Batch
 
     device, losses = learner.accelerator.device, []
     learner.model.train()

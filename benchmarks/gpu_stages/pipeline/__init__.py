@@ -28,8 +28,8 @@ from gpu_stages.pipeline.feeding import feeding
 from gpu_stages.pipeline.processes import two_processes
 from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 
-# pipeline.loader stands for ffcv and numba, which it imports faster than they do by themselves
-LOADER = ("pipeline.loader", "accelerate", "torchvision")
+# softshard.pipeline.views.loader stands for ffcv and numba, which it imports faster than they do by themselves
+LOADER = ("softshard.pipeline.views.loader", "accelerate", "torchvision")
 COMMANDS = (*LOADER, "psutil", "safetensors", "zarr", "obstore", "ruamel.yaml", "matplotlib")
 VERIFIED = 256  # views that are labelled again
 
@@ -48,13 +48,13 @@ def checks(setting: Setting) -> list[Check]:
 
 def labelling(setting: Setting) -> Outcome:
     """Label, look whether the store is whole, and label a sample of it again."""
-    from pipeline.store import open_store
+    from softshard.pipeline.store.store import open_store
 
     path = setting.folder / "labels.zarr"
     shutil.rmtree(path, ignore_errors=True)
     done = label(setting, path)
     store = open_store(path)
-    again = [*PYTHON, "pipeline", "verify", str(path), "--sample", str(VERIFIED), *label_words(setting)]
+    again = [*PYTHON, "softshard.pipeline", "verify", str(path), "--sample", str(VERIFIED), *label_words(setting)]
     verified = run(setting, again, 100)
     outcome = Outcome(
         {
@@ -76,8 +76,8 @@ def labelling(setting: Setting) -> Outcome:
 
 def training(setting: Setting, form: str = "auto") -> Outcome:
     """The demo's student on these labels, its branches in some form, stopped once in the middle."""
-    from pipeline.cli import INTERRUPTED_STATUS
-    from trainer.checkpoint import load_checkpoint
+    from softshard.pipeline.cli import INTERRUPTED_STATUS
+    from softshard.trainer.loop.run_folder import load_checkpoint
 
     folder = setting.folder / f"run_{form}"
     command = _train_command(setting, labels(setting), folder, form)

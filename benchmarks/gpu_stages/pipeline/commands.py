@@ -134,7 +134,7 @@ def _make_digits(setting: Setting, splits: list[str]) -> Path:
     run(setting, [sys.executable, "-c", program], 60).expect()
     for split in splits:
         config = ROOT / "configs/demo" / f"pack_{split}.yaml"
-        run(setting, [*PYTHON, "pipeline", "pack", "--config", str(config)], 60).expect()
+        run(setting, [*PYTHON, "softshard.pipeline", "pack", "--config", str(config)], 60).expect()
     return setting.folder
 
 
@@ -156,8 +156,8 @@ def _pixels(setting: Setting) -> Tensor:
     """A batch of digits: float32 [256, 3, S, S] from 0 to 255."""
     import numpy as np
 
-    from pipeline.beton import open_beton
-    from pipeline.loader import ViewLoader
+    from softshard.pipeline.images.beton import open_beton
+    from softshard.pipeline.views.loader import ViewLoader
 
     beton = open_beton(digits(setting)[0])
     loader = ViewLoader(beton, None, SIZE, 256, cores(), torch.device("cpu"))
@@ -189,13 +189,13 @@ def label_words(setting: Setting) -> list[str]:
 
 
 def label(setting: Setting, store: Path, processes: int = 1) -> Done:
-    command = [*launcher(processes), "pipeline", "label", "--store", str(store), *label_words(setting)]
+    command = [*launcher(processes), "softshard.pipeline", "label", "--store", str(store), *label_words(setting)]
     return run(setting, command, 100).expect()
 
 
 def labels(setting: Setting) -> Path:
     """The store that one process makes, made once for all checks."""
-    from pipeline.store import open_store, store_exists
+    from softshard.pipeline.store.store import open_store, store_exists
 
     store = setting.folder / "labels.zarr"
     if not store_exists(store) or (open_store(store).digests() == 0).any():
@@ -206,7 +206,14 @@ def labels(setting: Setting) -> Path:
 def train_words(setting: Setting, store: Path, folder: Path) -> list[str]:
     """`trainer train` of the demo's student on a store's labels."""
     train, validation = map(str, digits(setting))
-    words = ["trainer", "train", "--config", str(ROOT / "configs/demo/student_soft.yaml"), "--data.train", train]
+    words = [
+        "softshard.trainer",
+        "train",
+        "--config",
+        str(ROOT / "configs/demo/student_soft.yaml"),
+        "--data.train",
+        train,
+    ]
     words += ["--data.validation", validation, "--data.labels", str(store), "--data.workers", str(cores())]
     return [*words, "--output", str(folder), "--watch.trackers", "[]"]
 

@@ -43,8 +43,8 @@ class Feed:
     """A loader with the rows that it goes through, batch by batch."""
 
     def __init__(self, beton: Any, scale: Scale, device: str, augmented: bool = True) -> None:
-        from pipeline.loader import ViewLoader
-        from pipeline.recipe import RandAugmentRecipe, RandomErasingRecipe, ViewRecipe
+        from softshard.pipeline.recipes.recipe import RandAugmentRecipe, RandomErasingRecipe, ViewRecipe
+        from softshard.pipeline.views.loader import ViewLoader
 
         more = {"rand_augment": RandAugmentRecipe(), "random_erasing": RandomErasingRecipe()} if augmented else {}
         self.loader = ViewLoader(
@@ -112,7 +112,7 @@ def _wrong_batches(feed: Feed, reference: Feed, count: int, step: Step) -> int:
 
 def packed_images(setting: Setting) -> tuple[Any, str]:
     """What is rendered, and what it is: photographs, whose JPEGs take their time, where there are any."""
-    from pipeline.beton import open_beton
+    from softshard.pipeline.images.beton import open_beton
 
     if PACKED.exists():
         return open_beton(PACKED), "photographs"
@@ -127,8 +127,8 @@ def packed_images(setting: Setting) -> tuple[Any, str]:
 def _pack_photographs(setting: Setting) -> None:
     from loader import write_photographs  # benchmarks/loader.py
 
-    from pipeline.pack import pack
-    from pipeline.recipe import PackRecipe, SourceRecipe
+    from softshard.pipeline.images.pack import pack
+    from softshard.pipeline.recipes.recipe import PackRecipe, SourceRecipe
 
     folder = setting.folder / "photographs"
     write_photographs(folder, scale_of(setting).photographs)
@@ -140,8 +140,8 @@ def make_step(setting: Setting, name: str, branches: int, size: int) -> Step:
     """A training step of a student on hard labels with LAMB, on a GPU in bf16; branches train as the default says."""
     import timm.optim
 
-    from trainer.student import Student
-    from trainer.students import build_student, expand
+    from softshard.trainer.student import Student
+    from softshard.trainer.students import build_student, expand
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True

@@ -51,7 +51,7 @@ def _compare_labels(setting: Setting, outcome: Outcome) -> None:
 
 def _codes_that_differ(one: Path, two: Path) -> tuple[int, int]:
     """How many labels there are, and how many of them are not the same in both stores."""
-    from pipeline.store import open_store
+    from softshard.pipeline.store.store import open_store
 
     left, right = open_store(one), open_store(two)
     total = differ = 0

@@ -12,7 +12,7 @@ from gpu_stages.stage import Outcome, Setting
 from gpu_stages.student.figures import Figures, Sides, attempt, begin, layers_of, measure, relate
 from gpu_stages.student.sides import TEMPERATURE, Training, make_training
 from gpu_stages.timing import Step, synchronize
-from pipeline.topk import decode
+from softshard.pipeline.store.topk import decode
 
 WARMUP = 3  # steps before a capture: what is loaded, chosen or allocated once must be so already
 
@@ -55,8 +55,8 @@ def graphs(model: str, form: str, images: int, setting: Setting) -> Outcome:
 
 
 def compile_student(training: Training, backend: str) -> dict[str, Any]:
-    """Compile the student as trainer/learner.py does, and take two steps. Seconds of the first, which compiles, and of
-    the second; how many graphs there are, and how many frames stayed uncompiled of those that were tried."""
+    """Compile the student as trainer/loop/train_state.py does, and take two steps. Seconds of the first, which
+    compiles, and of the second; how many graphs there are, and how many frames of those tried stayed uncompiled."""
     counters = torch._dynamo.utils.counters
     counters.clear()
     for module in training.student.modules():

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gpu_stages.stage import Setting
 from gpu_stages.timing import random_images
-from pipeline.topk import Codes, SoftLabels, decode_on, encode, encode_template
-from trainer.losses import distillation_loss
-from trainer.student import Student
-from trainer.students import build_student, expand
-from trainer.students.branches import MultiBranchConv
-from trainer.students.one_convolution import trains_as_one
+from softshard.pipeline.store.topk import Codes, SoftLabels, decode_on, encode, encode_template
+from softshard.trainer.losses import distillation_loss
+from softshard.trainer.student import Student
+from softshard.trainer.students import build_student, expand
+from softshard.trainer.students.branches import MultiBranchConv
+from softshard.trainer.students.fused.dispatch import trains_as_one
 
 # The values of configs/train/; the learning rate is one of the first epoch's, from which no start diverges.
 ALPHA, SMOOTHING, DECAY, WEIGHT_DECAY, LR = 0.9, 0.1, 0.9999, 0.05, 1e-3
@@ -65,7 +65,7 @@ def random_batch(images: int, size: Size, device: torch.device, layout: torch.me
 
 
 class Training:
-    """A student, its optimiser and average as trainer/learner.py makes them, and the parts of a step.
+    """A student, its optimiser and average as trainer/loop/train_state.py makes them, and the parts of a step.
 
     `model` is what runs: the student, or what was compiled from it.
     """
@@ -125,7 +125,7 @@ class Training:
 
 def make_training(model: str, form: str, images: int, setting: Setting, channels_last: bool = True) -> Training:
     size, device = size_of(setting), torch.device(setting.device)
-    torch.backends.cudnn.benchmark = True  # as trainer/train.py has it
+    torch.backends.cudnn.benchmark = True  # as trainer/loop/train.py has it
     torch.manual_seed(0)
     network = build_student(model, size.classes)
     branches_as = FORMS[form]

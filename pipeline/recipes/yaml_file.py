@@ -1,0 +1,138 @@
+"""Recipe files: YAML in, a validated model out, and back.
+
+Every problem is reported at once as `file: section.key: what is wrong (got X)`. YAML 1.2 is read (`1e-3` is a number,
+`no` is not a boolean); there are no includes and no environment variables.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from softshard.pipeline.recipes.recipe import Model
+from softshard.pipeline.runtime.errors import RecipeError
+from softshard.pipeline.runtime.files import write_atomically
+
+Override = tuple[str, str]  # ("section.key", YAML text of the value)
+M = TypeVar("M", bound=Model)
+
+
+def load_recipe(model: type[M], path: str | Path, overrides: Sequence[Override] = ()) -> M:
+    """Read a recipe file, apply `--section.key VALUE` overrides, validate.
+
+    Raises RecipeError with one line for each problem: unreadable file, YAML syntax, duplicate, unknown, missing or
+    wrongly typed keys.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: expected a readable YAML recipe, found: {error}; check --config") from None
+    data, duplicates = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{path}: expected a mapping of sections, found {type(data).__name__}; see configs/ for examples"
+        )
+    for dotted, value in overrides:
+        _override(data, dotted, value)
+    try:
+        # through JSON, where a list is a legal tuple and types stay strict
+        recipe = model.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        overridden = {dotted for dotted, _ in overrides}
+        raise RecipeError("\n".join(duplicates + _problems(error, str(path), overridden))) from None
+    if duplicates:
+        raise RecipeError("\n".join(duplicates))
+    return recipe
+
+
+def dump_recipe(recipe: Model) -> str:
+    """The resolved recipe as YAML; loading it again gives an equal recipe."""
+    stream = io.StringIO()
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # keep the order of the model, which is the order of the work
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def save_recipe(recipe: Model, path: Path) -> None:
+    write_atomically(path, dump_recipe(recipe).encode())
+
+
+def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
+    """The leaves in which two recipes or manifests (as plain data) differ: `views.seed: expected 0, found 1`."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in list(expected) + [key for key in found if key not in expected]:
+            yield from differences(expected.get(key), found.get(key), f"{where}.{key}" if where else str(key))
+    elif expected != found:
+        yield f"{where}: expected {expected!r}, found {found!r}"
+
+
+def _parse(text: str, name: str) -> tuple[Any, list[str]]:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = True  # reported by _duplicates, all at once, with their lines
+    try:
+        tree = yaml.compose(text)
+        return yaml.load(text), [] if tree is None else list(_duplicates(tree, name, ""))
+    except YAMLError as error:
+        raise RecipeError(f"{name}: expected YAML, found: {' '.join(str(error).split())}") from None
+
+
+def _duplicates(node: Node, name: str, where: str):
+    if isinstance(node, SequenceNode):
+        for position, item in enumerate(node.value):
+            yield from _duplicates(item, name, f"{where}.{position}")
+    elif isinstance(node, MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            dotted = f"{where}.{key.value}".lstrip(".")
+            if key.value in seen:
+                yield f"{name}: {dotted}: duplicate key (got it again in line {key.start_mark.line + 1})"
+            seen.add(key.value)
+            yield from _duplicates(value, name, dotted)
+
+
+def _override(data: dict, dotted: str, text: str) -> None:
+    *sections, last = dotted.split(".")
+    target: Any = data
+    for section in sections:
+        if isinstance(target, list) and section.isdecimal() and int(section) < len(target):
+            target = target[int(section)]
+        elif isinstance(target, dict):
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+        else:
+            raise RecipeError(f"--{dotted}: expected a section named {section!r}, found {type(target).__name__}")
+    value, _ = _parse(text, f"--{dotted}")
+    if isinstance(target, list) and last.isdecimal() and int(last) < len(target):
+        target[int(last)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise RecipeError(f"--{dotted}: expected a key, found {type(target).__name__} above it")
+
+
+def _problems(error: ValidationError, name: str, overridden: set[str]) -> list[str]:
+    lines, problems = [], error.errors(include_url=False)
+    for problem in problems:
+        depth = len(problem["loc"])
+        if problem["type"] == "too_short" and any(p["loc"][:depth] == problem["loc"] != p["loc"] for p in problems):
+            continue  # pydantic counts a list's valid items only; the invalid ones have lines of their own
+        dotted = ".".join(str(part) for part in problem["loc"])
+        by_option = [option for option in overridden if f"{option}.".startswith(f"{dotted}.") and dotted]
+        where = f"--{by_option[0]}" if by_option else f"{name}: {dotted}".removesuffix(": ")
+        if problem["type"] == "missing":
+            lines.append(f"{where}: missing key")
+        elif problem["type"] == "value_error":
+            lines.append(f"{where}: {problem.get('ctx', {}).get('error')}")
+        else:
+            what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+            lines.append(f"{where}: {what[0].lower()}{what[1:]} (got {json.dumps(problem['input'], default=str)})")
+    return lines

@@ -1,0 +1,185 @@
+"""Where a store of labels lies: a folder, or a prefix in a bucket (s3://, gs://).
+
+The few things that zarr does not do: whether something is there, making all files of a new store appear together, sizes
+of objects, room on the disk. Credentials and endpoints of buckets come from the variables of their command line tools
+(AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...), which obstore reads.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import ObjectStore, from_url
+
+from softshard.pipeline.runtime.errors import DataError, FormatError
+from softshard.pipeline.runtime.files import write_atomically
+
+SCHEMES = ("s3://", "gs://")
+ROOT = "zarr.json"  # a store is there when this is
+
+
+class Place(Protocol):
+    """`name` is the path or address as it was given."""
+
+    name: str
+
+    def exists(self) -> bool: ...
+
+    def create(self, files: Mapping[str, bytes]) -> bool:
+        """Put all files there, so that the store is whole once it is there; False when another was faster."""
+        ...
+
+    def write_beside(self, suffix: str, data: bytes) -> None:
+        """labels.zarr -> labels<suffix>"""
+        ...
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file below a folder, by its path from there."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Room for more; None when there is no limit that is known."""
+        ...
+
+    def sweep(self, before: float) -> None:
+        """Remove what writers that were killed before a time (seconds since 1970) left unfinished."""
+        ...
+
+
+class Folder:
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, str(path)
+
+    def exists(self) -> bool:
+        if self.path.exists() and not self.path.is_dir():
+            raise FormatError(
+                f"{self.name}: expected a store of labels, which is a folder, found a file; check the path"
+            )
+        return self.path.exists()
+
+    def create(self, files: Mapping[str, bytes]) -> bool:
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        with writing(self.name):
+            try:
+                for name, data in files.items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    (partial / name).write_bytes(data)
+                try:
+                    partial.rename(self.path)
+                except OSError:  # not empty: another process was faster
+                    if not self.path.is_dir():
+                        raise
+                    return False
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return True
+
+    def write_beside(self, suffix: str, data: bytes) -> None:
+        with writing(self.name):
+            write_atomically(self.path.with_suffix(suffix), data)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        root = self.path / folder
+        return {str(file.relative_to(root)): file.stat().st_size for file in root.rglob("*") if file.is_file()}
+
+    def free_bytes(self) -> int | None:
+        parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+        return shutil.disk_usage(parent).free
+
+    def sweep(self, before: float) -> None:
+        beside = self.path.parent.glob(f".{self.path.name}.*.partial")
+        for left in (*beside, *self.path.rglob("*.partial")):
+            with suppress(FileNotFoundError):  # another launch may sweep, too
+                if left.stat().st_mtime < before:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+class Bucket:
+    def __init__(self, url: str) -> None:
+        self.name = url.rstrip("/")
+        try:
+            self.objects: ObjectStore = from_url(self.name)
+            self._beside: ObjectStore = from_url(self.name.rpartition("/")[0])
+        except (BaseError, ValueError) as error:
+            raise DataError(
+                f"{self.name}: expected the address of a bucket, found: {first_line(error)}; check it"
+            ) from None
+
+    def exists(self) -> bool:
+        with _reaching(self.name):
+            try:
+                obstore.head(self.objects, ROOT)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def create(self, files: Mapping[str, bytes]) -> bool:
+        if self.exists():
+            return False
+        with writing(self.name):
+            for name, data in files.items():
+                if name != ROOT:
+                    obstore.put(self.objects, name, data)
+            try:
+                obstore.put(self.objects, ROOT, files[ROOT], mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def write_beside(self, suffix: str, data: bytes) -> None:
+        stem = self.name.rpartition("/")[2].partition(".")[0]
+        with writing(self.name):
+            obstore.put(self._beside, f"{stem}{suffix}", data)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        prefix = f"{folder}/"
+        with _reaching(self.name):
+            objects = [meta for batch in obstore.list(self.objects, prefix) for meta in batch]
+        return {str(meta["path"]).removeprefix(prefix): int(meta["size"]) for meta in objects}
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def sweep(self, before: float) -> None:
+        """Nothing: an object appears whole."""
+
+
+def place(location: str | Path) -> Place:
+    """The place of a store. Raises DataError for an address that is none."""
+    name = str(location)
+    if name.startswith(SCHEMES):
+        return Bucket(name)
+    if "://" in name:
+        raise DataError(f"{name}: expected a path or an address with {' or '.join(SCHEMES)}, found another; check it")
+    return Folder(Path(location))
+
+
+@contextmanager
+def writing(where: str) -> Iterator[None]:
+    """What the disk or the bucket reports, as this project's error."""
+    try:
+        yield
+    except (OSError, BaseError) as error:
+        raise DataError(
+            f"{where}: expected to write, found: {first_line(error)}; make room or check permissions, then run again: "
+            "finished blocks are kept"
+        ) from error
+
+
+@contextmanager
+def _reaching(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseError as error:
+        raise DataError(
+            f"{where}: expected to reach it, found: {first_line(error)}; check the address and the credentials"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

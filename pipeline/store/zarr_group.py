@@ -1,0 +1,203 @@
+"""The zarr v3 group below a store: the layout of its arrays, files, and what can be wrong with them.
+
+The only module that knows zarr. It moves arrays and turns what zarr, the codecs and the disk report into this
+project's errors; what the arrays mean is store.py's business. The layout is described byte for byte in FORMAT.md.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from obstore.exceptions import BaseError
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.core.array_spec import ArrayConfigParams
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
+
+from softshard.pipeline.images.manifest import StoreManifest, sealed
+from softshard.pipeline.runtime.errors import DataError, FormatError
+from softshard.pipeline.store.location import Bucket, Folder, Place, first_line, writing
+from softshard.pipeline.store.topk import index_dtype
+
+ATTRIBUTE = "softshard"  # the group attribute that holds the manifest
+Selection = tuple[int | slice, ...]
+
+# a chunk of nothing but fill values is written all the same: a chunk that is missing is a chunk lost
+_CONFIG: ArrayConfigParams = {"write_empty_chunks": True}
+# what zarr and its codecs raise for damaged chunks and metadata: no common base, found by damaging every byte
+_DAMAGE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError)
+
+
+class Layout(NamedTuple):
+    """The first of `dimensions` is "view" where an array grows with the number of views."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    fill: int
+    transposed: bool = False  # the last two axes change places before compression
+
+
+def layouts(manifest: StoreManifest) -> dict[str, Layout]:
+    """The arrays a store of this manifest has, by name. With k = 1 there are no gaps and no gap array; without a
+    template there are no template arrays."""
+    n, v, k, rows = manifest.samples, manifest.views.count, manifest.top_k, manifest.block_rows
+    u1, u4, u8, index = np.dtype(np.uint8), np.dtype(np.uint32), np.dtype(np.uint64), index_dtype(manifest.classes)
+    view_sample = ("view", "sample")
+    arrays = {
+        "key": Layout(u8, (n,), (n,), ("sample",), 0),
+        "crc32": Layout(u4, (n,), (n,), ("sample",), 0),
+        "topk_index": Layout(index, (v, n, k), (1, rows, k), (*view_sample, "rank"), np.iinfo(index).max),
+        "topk_gap": Layout(u1, (v, n, k - 1), (1, rows, k - 1), (*view_sample, "step"), 255, transposed=True),
+        "tail": Layout(u1, (v, n), (1, rows), view_sample, 255),
+        "block_digest": Layout(u8, (v, -(-n // rows)), (1, 1), ("view", "block"), 0),
+    }
+    if k == 1:
+        del arrays["topk_gap"]
+    if manifest.template:
+        classes = manifest.classes
+        arrays["tail_template"] = Layout(u1, (n, classes), (rows, classes), ("sample", "class"), 255)
+        arrays["template_digest"] = Layout(u8, (-(-n // rows),), (1,), ("block",), 0)
+    return arrays
+
+
+class ZarrGroup:
+    """The arrays of one store. Opening reads metadata and writes nothing."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        if not place.exists():
+            raise DataError(
+                f"{place.name}: expected a store of labels, found nothing there; check the path, or label first"
+            )
+        with _reading(place.name, "a store of labels (a zarr v3 group)", "check the path, or label again"):
+            self._group = zarr.open_group(_storage(place), mode="r+", zarr_format=3, use_consolidated=False)
+            self.attributes: dict[str, Any] = self._group.attrs.asdict()
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def open_arrays(self, manifest: StoreManifest) -> None:
+        """Raises FormatError unless each array is there and is what the manifest says."""
+        expected = zarr.open_group(MemoryStore(_new_group(manifest, {})), mode="r")
+        for name in layouts(manifest):
+            where = f"{self.place.name}/{name}"
+            with _reading(where, "an array", "restore its zarr.json, or label again"):
+                node = self._group[name]
+            self._arrays[name] = _checked_array(where, node, expected[name]).with_config(_CONFIG)
+
+    def read(self, name: str, selection: Selection, where: str, remedy: str) -> NDArray[Any]:
+        """One part of an array, C-contiguous. Raises FormatError for corrupt chunks, naming `where` and the array."""
+        with _reading(f"{where}: {name}", "intact chunks", remedy):
+            return np.asarray(self._arrays[name][selection], order="C")
+
+    def read_column(self, name: str) -> NDArray[Any]:
+        """A whole array that is written once, at creation. Raises FormatError also when its chunk is missing."""
+        remedy = "restore the store from a copy, or label again"
+        with _reading(f"{self.place.name}/{name}", "intact chunks", remedy):
+            missing = self._arrays[name].nchunks - self._arrays[name].nchunks_initialized
+        if missing:
+            raise FormatError(f"{self.place.name}/{name}: expected its chunk, found none; {remedy}")
+        return self.read(name, (slice(None),), self.place.name, remedy)
+
+    def write(self, name: str, selection: Selection, values: NDArray[Any] | int) -> None:
+        """Raises DataError when the disk refuses."""
+        with writing(self.place.name):
+            self._arrays[name][selection] = values
+
+    def grow(self, manifest: StoreManifest) -> None:
+        """Make room for the views of a manifest that has more of them. Its metadata comes last: after a crash in
+        between the store is what it was before, with arrays that are larger than it needs."""
+        with writing(self.place.name):
+            for name, layout in layouts(manifest).items():
+                if self._arrays[name].shape < layout.shape:
+                    self._arrays[name].resize(layout.shape)
+            self._group.attrs[ATTRIBUTE] = sealed(manifest)
+
+    def chunks(self, name: str) -> list[tuple[int, ...]]:
+        """The positions of an array's chunks that were written."""
+        places = (file.split("/") for file in self.place.sizes(f"{name}/c"))
+        return [tuple(map(int, parts)) for parts in places if all(map(str.isdecimal, parts))]  # else half a file
+
+    def chunk_file(self, name: str, *position: int) -> str:
+        return "/".join([self.place.name, name, "c", *map(str, position)])
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of an array's chunks, without metadata; 0 for an array that this store does not have."""
+        return sum(self.place.sizes(f"{name}/c").values())
+
+
+def create_group(place: Place, manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> bool:
+    """Create an empty store with its key and crc32 columns; False when another process did so at the same time.
+
+    Raises DataError when the disk or the bucket refuses.
+    """
+    return place.create({name: data.to_bytes() for name, data in _new_group(manifest, columns).items()})
+
+
+def compressed_bytes(manifest: StoreManifest, parts: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """What the chunks of some arrays take in a store of this manifest, if they were all of it."""
+    files = _new_group(manifest, parts)
+    return {array: sum(len(data) for name, data in files.items() if name.startswith(f"{array}/c/")) for array in parts}
+
+
+def _storage(place: Place) -> LocalStore | ObjectStore:
+    if isinstance(place, Folder):
+        return LocalStore(place.path)
+    assert isinstance(place, Bucket)
+    return ObjectStore(place.objects)
+
+
+def _new_group(manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+    # made in memory: zarr writes several files at a time, and goes on with the others behind our back when one fails
+    files: dict[str, Buffer] = {}
+    attributes: dict[str, Any] = {ATTRIBUTE: sealed(manifest)}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
+    for name, layout in layouts(manifest).items():
+        array = _create_array(group, name, layout)
+        if name in columns:
+            array[:] = columns[name]
+    return files
+
+
+def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array[Any]:
+    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=layout.dtype.itemsize)
+    return group.create_array(
+        name,
+        shape=layout.shape,
+        dtype=layout.dtype,
+        chunks=layout.chunk,
+        filters=[TransposeCodec(order=(0, 2, 1))] if layout.transposed else [],
+        compressors=[blosc, Crc32cCodec()],  # without the checksum, blosc and zstd decode flipped bytes in silence
+        fill_value=layout.fill,
+        dimension_names=layout.dimensions,
+        config=_CONFIG,
+    )
+
+
+def _checked_array(where: str, node: Any, wanted: Any) -> zarr.Array[Any]:
+    if not isinstance(node, zarr.Array):
+        raise FormatError(f"{where}: expected an array, found a group; restore its zarr.json, or label again")
+    found, expected = node.metadata.to_dict(), wanted.metadata.to_dict()
+    names = expected["dimension_names"]
+    if isinstance(names, tuple) and names[0] == "view" and node.shape[0] >= wanted.shape[0]:
+        expected["shape"] = (node.shape[0], *wanted.shape[1:])  # its growth was cut off before the manifest's
+    keys = [key for key in expected | found if found.get(key) != expected.get(key)]
+    wrong = [f"{key} {found.get(key)} (not {expected.get(key)})" for key in keys]
+    if wrong:
+        raise FormatError(f"{where}: expected what the manifest says, found {', '.join(wrong)}; label again")
+    return node
+
+
+@contextmanager
+def _reading(where: str, expected: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        raise FormatError(f"{where}: expected {expected}, found: {str(error).rstrip('.')}; {remedy}") from error
+    except (OSError, BaseError) as error:
+        raise DataError(
+            f"{where}: expected {expected}, found: {first_line(error)}; check permissions and the disk"
+        ) from error

@@ -1,0 +1,72 @@
+"""Labelling that is killed at any moment, shared between launches, or both, ends in the same store."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from helpers.small_runs import LABEL, make_inputs, write_recipe
+from helpers.small_stores import files_of
+from helpers.workers import finish, kill, labelling, start
+
+from softshard.pipeline.store.store import open_store
+
+MANY_BLOCKS = LABEL.replace("count: 3", "count: 10").replace("block_rows: 24", "block_rows: 8")
+MANY_BLOCKS += "template: {{views: 4}}\n"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(make_inputs(tmp_path_factory.mktemp("kills")), "label", MANY_BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: Path) -> tuple[dict[str, bytes], float]:
+    """The files of a store that one process made without interruption, and the seconds it took."""
+    store = recipe.parent / "labels.zarr"
+    finish(start(labelling(recipe, store), 1))  # the server imports everything
+    shutil.rmtree(store)
+    started = time.monotonic()
+    assert finish(start(labelling(recipe, store), 1)) == [0]
+    return files_of(store), time.monotonic() - started
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 8), (2, 6), (3, 6)])
+def test_twenty_kills_at_random_moments_end_in_the_same_store(
+    recipe: Path, uninterrupted: tuple[dict[str, bytes], float], tmp_path: Path, processes: int, kills: int
+) -> None:
+    expected, seconds = uninterrupted
+    moments, labelled, store = random.Random(processes), [], tmp_path / "labels.zarr"
+    for _ in range(kills):
+        workers = start(labelling(recipe, store), processes)
+        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        running = any(worker.is_alive() for worker in workers)
+        kill(workers)
+        labelled.append(int(open_store(store).coverage().sum()) if store.exists() else 0)
+        if not running:  # it was done before it could be killed
+            assert files_of(store) == expected
+            shutil.rmtree(store)
+    assert finish(start(labelling(recipe, store), processes)) == [0] * processes
+    assert files_of(store) == expected
+    assert any(0 < blocks < 90 for blocks in labelled), f"no kill came while blocks were written: {labelled}"
+
+
+def test_launches_at_once_share_the_views(
+    recipe: Path, uninterrupted: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    parts = [range(5), range(5, 8), range(8, 10)]
+    launches = [
+        start(labelling(recipe, tmp_path / "labels.zarr", part), processes)
+        for processes, part in zip((2, 1, 1), parts, strict=True)
+    ]
+    assert [finish(workers) for workers in launches] == [[0, 0], [0], [0]]
+    assert files_of(tmp_path / "labels.zarr") == uninterrupted[0]
+
+
+def test_launches_at_once_on_the_same_views_are_harmless(
+    recipe: Path, uninterrupted: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    launches = [start(labelling(recipe, tmp_path / "labels.zarr"), 1) for _ in range(2)]
+    assert [finish(workers) for workers in launches] == [[0], [0]]
+    assert files_of(tmp_path / "labels.zarr") == uninterrupted[0]

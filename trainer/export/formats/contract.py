@@ -1,0 +1,67 @@
+"""What every exported format has in common: its input, what it is made from, how its predictions are asked for."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from softshard.pipeline.recipes.recipe import Model
+
+INPUT, OUTPUT = "images", "logits"
+Predictor = Callable[[Tensor], Tensor]  # float32 [N, 3, S, S], normalised, on the CPU -> float32 [N, classes]
+
+
+class Preprocessing(Model):
+    """Pixels as every exported format expects them, which is what timm's own models expect: RGB, scaled to 0..1, minus
+    `mean`, divided by `std`. `crop_pct` is timm's: the shorter side becomes size / crop_pct, the middle is cut out."""
+
+    size: int
+    crop_pct: float
+    interpolation: Literal["bilinear"] = "bilinear"  # what views are rendered with
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, S, S] -> float32 of the same shape, in new memory."""
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return ((images.float() / 255 - mean) / std).contiguous()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a format is written from: the folded network in evaluation mode, float32, on the CPU; the names of its
+    classes; `calibration()` gives batches of normalised views, float32 [N, 3, S, S], the same ones at each call."""
+
+    network: nn.Module
+    model: str
+    preprocessing: Preprocessing
+    label_names: tuple[str, ...]
+    calibration: Callable[[], Iterable[Tensor]]
+
+    def example(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 3, self.preprocessing.size, self.preprocessing.size)
+
+    def metadata(self) -> dict[str, object]:
+        """What is written into files that can hold it."""
+        return {"model": self.model, **self.preprocessing.model_dump(mode="json"), "label_names": self.label_names}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format beside the folder of weights: its file, the optional packages it needs and the extra that has them.
+
+    `write(job, path)` returns the opset, where there is one.
+    `load(path, threads)` gives its predictions, with `threads` threads or (None) as many as its runtime likes; None
+    where this system cannot run it. `exact`: predictions are those of the folded network but for rounding.
+    """
+
+    file: str
+    extra: str
+    packages: tuple[str, ...]
+    write: Callable[[Job, Path], int | None]
+    load: Callable[[Path, int | None], Predictor] | None
+    exact: bool = True
+    needs: tuple[str, ...] = ()  # other formats that it is made from
