@@ -54,7 +54,7 @@ class TrivialAugmentRecipe(Model):
 
 
 class ThreeAugmentRecipe(Model):
-    """DeiT III: grey, solarise or blur, then colour jitter of strength `jitter`."""
+    """DeiT III: gray, solarise or blur, then color jitter of strength `jitter`."""
 
     jitter: Fraction = 0.3
 
@@ -70,7 +70,7 @@ class ColorJitterRecipe(Model):
 
 class RandomErasingRecipe(Model):
     """timm's RandomErasing. `area` is a fraction of the view, shared by `count` boxes (always as many, where timm's
-    --recount draws from 1 up). `const` fills with the mean colour, `pixel` with noise around it."""
+    --recount draws from 1 up). `const` fills with the mean color, `pixel` with noise around it."""
 
     probability: Fraction = 0.25
     area: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = (0.02, 0.3333)
@@ -89,7 +89,7 @@ class MixRecipe(Model):
 class ViewRecipe(Model):
     """What a view is, apart from the key and the view number. `count` is V, the number of views of each image.
 
-    In the order of their work: crop, flip, one of the four policies, colour jitter, erasing, mixing. With
+    In the order of their work: crop, flip, one of the four policies, color jitter, erasing, mixing. With
     `dct_scaling`, crops of at least twice the output size are decoded at 1/2, 1/4 or 1/8: faster, other pixels.
     """
 
