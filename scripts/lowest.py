@@ -1,4 +1,4 @@
-"""Exact pins of the lowest versions that pyproject.toml declares, as a constraints file: `make test-python LOWEST=1`."""
+"""Pins of the lowest versions that pyproject.toml declares, as a constraints file: `make test-python LOWEST=1`."""
 
 import re
 import tomllib

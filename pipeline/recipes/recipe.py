@@ -44,6 +44,8 @@ class RandAugmentRecipe(Model):
 
 
 class AutoAugmentRecipe(Model):
+    """AutoAugment's ImageNet policy, with timm's table `original`."""
+
     policy: Literal["original"] = "original"
 
 
@@ -54,7 +56,7 @@ class TrivialAugmentRecipe(Model):
 
 
 class ThreeAugmentRecipe(Model):
-    """DeiT III: grey, solarise or blur, then colour jitter of strength `jitter`."""
+    """DeiT III: gray, solarize or blur, then color jitter of strength `jitter`."""
 
     jitter: Fraction = 0.3
 
@@ -69,8 +71,11 @@ class ColorJitterRecipe(Model):
 
 
 class RandomErasingRecipe(Model):
-    """timm's RandomErasing. `area` is a fraction of the view, shared by `count` boxes (always as many, where timm's
-    --recount draws from 1 up). `const` fills with the mean colour, `pixel` with noise around it."""
+    """timm's RandomErasing.
+
+    `area` is a fraction of the view, shared by `count` boxes (always as many, where timm's --recount draws from 1 up).
+    `const` fills with the mean color, `pixel` with noise around it.
+    """
 
     probability: Fraction = 0.25
     area: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = (0.02, 0.3333)
@@ -89,7 +94,7 @@ class MixRecipe(Model):
 class ViewRecipe(Model):
     """What a view is, apart from the key and the view number. `count` is V, the number of views of each image.
 
-    In the order of their work: crop, flip, one of the four policies, colour jitter, erasing, mixing. With
+    In the order of their work: crop, flip, one of the four policies, color jitter, erasing, mixing. With
     `dct_scaling`, crops of at least twice the output size are decoded at 1/2, 1/4 or 1/8: faster, other pixels.
     """
 
@@ -144,6 +149,12 @@ class SourceRecipe(Model):
 
 
 class PackRecipe(Model):
+    """Which images become which .beton.
+
+    `classes` is a file with one class name a line, in the order of their numbers; null numbers the names as they sort.
+    Larger images are resized to `max_side` pixels; null keeps every JPEG's bytes.
+    """
+
     source: SourceRecipe
     classes: str | None = None
     output: str
@@ -158,9 +169,12 @@ class PackRecipe(Model):
 
 
 class TeacherRecipe(Model):
-    """A timm or torchvision classifier. `checkpoint` is a local .safetensors or .pth file; null takes the library's
-    published weights. `size` is that of its views, in pixels; null takes the one it was trained for. `weight` is its
-    share in an ensemble, relative to the others'."""
+    """A timm or torchvision classifier.
+
+    `checkpoint` is a local .safetensors or .pth file; null takes the library's published weights. `size` is that of
+    its views, in pixels; null takes the one it was trained for. `weight` is its share in an ensemble, relative to the
+    others'.
+    """
 
     model: str
     library: Literal["timm", "torchvision"] = "timm"
@@ -176,9 +190,12 @@ class TemplateRecipe(Model):
 
 
 class LabelRecipe(Model):
-    """`ensemble` is what is averaged over several teachers, and over a view and its mirror image with `flip_average`.
+    """Which views of which .beton are labeled by which teachers, and what is kept of their answers.
+
+    `ensemble` is what is averaged over several teachers, and over a view and its mirror image with `flip_average`.
     `min_top1`, in percent, is what the teachers must reach on the hard labels of a few views before they may label.
-    `os_cache: false` reads whole pages ahead, for a .beton larger than memory or on a slow disk."""
+    `os_cache: false` reads whole pages ahead, for a .beton larger than memory or on a slow disk.
+    """
 
     beton: str
     store: str
