@@ -151,8 +151,8 @@ class SourceRecipe(Model):
 class PackRecipe(Model):
     """Which images become which .beton.
 
-    `classes` is a file with one class name a line, in the order of their numbers; null numbers the names as they sort.
-    Larger images are resized to `max_side` pixels; null keeps every JPEG's bytes.
+    `classes` is a file with one class name a line, in index order; null takes the source's own classes. Images with a
+    side longer than `max_side` pixels are made smaller; null keeps every size.
     """
 
     source: SourceRecipe
