@@ -15,7 +15,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LIBRARY = ("softshard", "pipeline", "teachers", "trainer")
 TOOLS = ("tests", "benchmarks", "scripts")
-NOT_INSTALLED = {"coremltools": "coremltools", "executorch": "executorch", "ray": "ray"}  # by the set-up
 DISTRIBUTIONS = packages_distributions()
 PLACES = [ROOT, *(path.parent for folder in TOOLS for path in (ROOT / folder).rglob("*.py"))]
 
@@ -52,7 +51,7 @@ def test_what_is_imported_is_declared(folder: str) -> None:
     for name, path in imported(folder).items():
         if name in sys.stdlib_module_names or is_ours(name):
             continue
-        distributions = DISTRIBUTIONS.get(name, [NOT_INSTALLED.get(name, name)])
+        distributions = DISTRIBUTIONS.get(name, [name])  # what is not installed is called as its module
         if not every & {normal(distribution) for distribution in distributions}:
             unknown.append(f"{path.relative_to(ROOT)} imports {name}, of {distributions}")
     assert not unknown
