@@ -22,7 +22,7 @@ class Ensemble(nn.Module):
             positive.
     """
 
-    shares: Tensor
+    weights: Tensor
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Ensemble(nn.Module):
         self.sizes = tuple(sorted({teacher.size for teacher in teachers}))
         self._inputs = tuple(teacher.size for teacher in teachers)
         views = 2 if flip else 1
-        shares = [weight / math.fsum(weights) / views for weight in weights for _ in range(views)]
-        self.register_buffer("shares", torch.tensor(shares).view(-1, 1, 1))
+        fractions = [weight / math.fsum(weights) / views for weight in weights for _ in range(views)]
+        self.register_buffer("weights", torch.tensor(fractions).view(-1, 1, 1))
 
     def forward(self, images: Mapping[int, Tensor]) -> Tensor:
         """Average the teachers' answers to one batch of views.
@@ -56,10 +56,10 @@ class Ensemble(nn.Module):
             return logits[0]
         # no matrix product, which autocast would round to half precision
         if self.mean == "logits":
-            return (self.shares * logits).sum(0)
+            return (self.weights * logits).sum(0)
         # a logit of minus infinity would be a probability of zero, and pass unseen
         log_probabilities = logits.log_softmax(-1).where(logits.isfinite(), torch.nan)
-        return (log_probabilities + self.shares.log()).logsumexp(0)
+        return (log_probabilities + self.weights.log()).logsumexp(0)
 
     def _logits(self, images: Mapping[int, Tensor]) -> Iterator[Tensor]:
         for teacher, size in zip(self.teachers, self._inputs, strict=True):

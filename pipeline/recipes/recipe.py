@@ -44,8 +44,6 @@ class RandAugmentRecipe(Model):
 
 
 class AutoAugmentRecipe(Model):
-    """AutoAugment's ImageNet policy, with timm's table `original`."""
-
     policy: Literal["original"] = "original"
 
 
@@ -56,7 +54,7 @@ class TrivialAugmentRecipe(Model):
 
 
 class ThreeAugmentRecipe(Model):
-    """DeiT III: gray, solarize or blur, then color jitter of strength `jitter`."""
+    """DeiT III: gray, solarise or blur, then color jitter of strength `jitter`."""
 
     jitter: Fraction = 0.3
 
@@ -71,11 +69,8 @@ class ColorJitterRecipe(Model):
 
 
 class RandomErasingRecipe(Model):
-    """timm's RandomErasing.
-
-    `area` is a fraction of the view, shared by `count` boxes (always as many, where timm's --recount draws from 1 up).
-    `const` fills with the mean color, `pixel` with noise around it.
-    """
+    """timm's RandomErasing. `area` is a fraction of the view, shared by `count` boxes (always as many, where timm's
+    --recount draws from 1 up). `const` fills with the mean color, `pixel` with noise around it."""
 
     probability: Fraction = 0.25
     area: Annotated[tuple[Area, Area], AfterValidator(_ordered)] = (0.02, 0.3333)
@@ -149,12 +144,6 @@ class SourceRecipe(Model):
 
 
 class PackRecipe(Model):
-    """Which images become which .beton.
-
-    `classes` is a file with one class name a line, in index order; null takes the source's own classes. Images with a
-    side longer than `max_side` pixels are made smaller; null keeps every size.
-    """
-
     source: SourceRecipe
     classes: str | None = None
     output: str
@@ -169,12 +158,9 @@ class PackRecipe(Model):
 
 
 class TeacherRecipe(Model):
-    """A timm or torchvision classifier.
-
-    `checkpoint` is a local .safetensors or .pth file; null takes the library's published weights. `size` is that of
-    its views, in pixels; null takes the one it was trained for. `weight` is its share in an ensemble, relative to the
-    others'.
-    """
+    """A timm or torchvision classifier. `checkpoint` is a local .safetensors or .pth file; null takes the library's
+    published weights. `size` is that of its views, in pixels; null takes the one it was trained for. `weight` is its
+    share in an ensemble, relative to the others'."""
 
     model: str
     library: Literal["timm", "torchvision"] = "timm"
@@ -190,12 +176,9 @@ class TemplateRecipe(Model):
 
 
 class LabelRecipe(Model):
-    """Which views of which .beton are labeled by which teachers, and what is kept of their answers.
-
-    `ensemble` is what is averaged over several teachers, and over a view and its mirror image with `flip_average`.
+    """`ensemble` is what is averaged over several teachers, and over a view and its mirror image with `flip_average`.
     `min_top1`, in percent, is what the teachers must reach on the hard labels of a few views before they may label.
-    `os_cache: false` reads whole pages ahead, for a .beton larger than memory or on a slow disk.
-    """
+    `os_cache: false` reads whole pages ahead, for a .beton larger than memory or on a slow disk."""
 
     beton: str
     store: str
