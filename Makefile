@@ -15,7 +15,8 @@ help:
 	@echo "make lint   ruff and pyright"
 	@echo "make test   the tests"
 	@echo "make test-slow  the tests that take more than a minute each"
-	@echo "make test-python PYTHON=python3.12 [LOWEST=1]  the tests on another Python, or on the lowest versions declared"
+	@echo "make test-python PYTHON=python3.12 [LOWEST=1|NEWEST=1]  the tests on another Python, or on other versions:"
+	@echo "            the lowest that pyproject.toml declares, or the newest there are"
 	@echo "make bench  the benchmarks, and for the last of them the demo"
 	@echo "make ablation-smoke  every row of the study in configs/README.md, two steps each, on a few digits"
 	@echo "make gpu-check  everything a GPU must prove, within 25 minutes; results go to gpu-report.json (GPU_CHECK=options)"
@@ -39,12 +40,14 @@ test-slow: setup
 	$(PYTEST) -m slow
 
 # An environment of its own, which takes as long and as much room as the first set-up. PYTEST_ARGUMENTS: less than all.
-OTHER = build/python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')$(if $(LOWEST),-lowest)
+OTHER = build/python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')$(VERSIONS)
+VERSIONS = $(if $(LOWEST),-lowest,$(if $(NEWEST),-newest))
+VERSIONS_OF = $(if $(LOWEST),build/lowest.txt,$(if $(NEWEST),/dev/null,constraints.txt))
 PYTHON ?= python3
 test-python:
 	@mkdir -p build
 	$(if $(LOWEST),$(PYTHON) scripts/lowest.py > build/lowest.txt)
-	PYTHON=$(PYTHON) scripts/setup.sh $(OTHER) $(if $(LOWEST),build/lowest.txt,constraints.txt)
+	PYTHON=$(PYTHON) scripts/setup.sh $(OTHER) $(VERSIONS_OF)
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(PYTEST_OPTIONS) $(PYTEST_ARGUMENTS)
 
 lint: setup
