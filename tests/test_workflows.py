@@ -18,13 +18,10 @@ def read(path: Path) -> Any:
 
 
 def unknown_calls(script: str) -> list[str]:
-    """The make targets and scripts that a piece of shell calls and that do not exist."""
-    targets = re.findall(r"(?:\bmake|\$\(MAKE\) --no-print-directory)((?: [a-z-]+)+)", script)
-    called = {word for words in targets for word in words.split()}
-    scripts = {
-        name for name in re.findall(r"(?:scripts|benchmarks|\.ci)/[\w./]+", script) if not (ROOT / name).exists()
-    }
-    return sorted(called - TARGETS) + sorted(scripts)
+    """The make targets and scripts that a text names and that do not exist."""
+    targets = re.findall(r"(?:\bmake|\$\(MAKE\) --no-print-directory) ([a-z-]+)", script)
+    scripts = re.findall(r"(?:scripts|benchmarks)/[\w/]+\.(?:py|sh)\b", script)
+    return sorted(set(targets) - TARGETS) + sorted(name for name in scripts if not (ROOT / name).is_file())
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
