@@ -53,11 +53,11 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     missing+=("python$version-dev")
 
 if [ ${#missing[@]} -gt 0 ]; then
-    say "installing ${missing[*]}, about a minute"
     apt="apt-get install -y --no-install-recommends ${missing[*]}"
     sudo=
     if [ "$(id -u)" -ne 0 ]; then sudo=sudo; fi
     if command -v apt-get >/dev/null && { [ -z "$sudo" ] || command -v sudo >/dev/null; }; then
+        say "installing ${missing[*]}, about a minute"
         $sudo apt-get update -q
         DEBIAN_FRONTEND=noninteractive $sudo $apt
     else

@@ -46,8 +46,8 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def start(checkout: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHON": "python"}
+def start(checkout: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
+    environment = os.environ | {"PATH": f"{checkout}/bin:{path}", "PYTHON": "python"}
     return subprocess.Popen(
         ["scripts/setup.sh", *arguments],
         cwd=checkout,
@@ -142,3 +142,14 @@ def test_another_environment_is_made_of_other_versions_and_leaves_the_first_alon
     assert out == f"setup: the last one was interrupted; starting again with a new build/other\n{INSTALLING}"
     assert (checkout / ".venv/.ready").exists()
     assert not (checkout / "build/other").exists()
+
+
+def test_system_packages_that_it_cannot_install_are_named(checkout: Path) -> None:
+    (checkout / "bin/pkg-config").write_text('#!/bin/sh\n[ "$2" != libturbojpeg ] && [ "$2" != zlib ]\n')
+    for tool in ("bash", "cat", "dirname", "flock", "id"):  # and no apt-get
+        (checkout / "bin" / tool).symlink_to(shutil.which(tool) or tool)
+    status, _, err = finish(start(checkout, path=""))
+    assert status == 2
+    assert "expected the system libraries libturbojpeg0-dev zlib1g-dev, found them missing" in err
+    assert "\n  sudo apt-get install libturbojpeg0-dev zlib1g-dev\n" in err
+    assert not (checkout / ".venv").exists()
