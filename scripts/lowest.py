@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-EXTRAS = ("demo", "dev", "onnx")  # what scripts/setup.sh installs
 FLOOR = re.compile(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)(;.*)?")
 
 
@@ -15,9 +14,9 @@ def lowest_pins(project: dict[str, Any]) -> list[str]:
 
     torch and torchvision are a matching pair when their floors are, which the set-up tries out.
     """
-    extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
-    return sorted(_pin(requirement) for requirement in requirements)
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(line for lines in extras for line in lines)]
+    return sorted({_pin(requirement) for requirement in requirements})
 
 
 def _pin(requirement: str) -> str:
