@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(PYTEST_OPTIONS)
 # seeds.py comes after these, since it takes the demo's data.
 BENCHMARKS := kernels loader pack store label branches latency step
 
-.PHONY: help setup demo test test-slow test-python lint check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
+.PHONY: help setup demo test test-slow test-python lint docs check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
 
 help:
 	@echo "make demo   pack, label, train, fold and export on real images; prints a table (about 10 minutes on 2 cores)"
