@@ -1,18 +1,22 @@
 # Every target sets the project up first, which takes a second when nothing has changed.
 PYTHON_BIN := .venv/bin/python
 # One file of tests to a process at a time. One thread each: their tensors are small, and sums depend on the number.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest \
-	--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST_OPTIONS := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(PYTEST_OPTIONS)
 
 # seeds.py comes after these, since it takes the demo's data.
 BENCHMARKS := kernels loader pack store label branches latency step
 
-.PHONY: help setup demo test check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
+.PHONY: help setup demo test test-slow test-python lint docs check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
 
 help:
 	@echo "make demo   pack, label, train, fold and export on real images; prints a table (about 10 minutes on 2 cores)"
+	@echo "make check  what must pass before a pull request: make lint, make docs, make test"
+	@echo "make lint   ruff and pyright"
 	@echo "make test   the tests"
-	@echo "make check  ruff, pyright and the tests"
+	@echo "make test-slow  the tests that take more than a minute each"
+	@echo "make test-python PYTHON=python3.12 [LOWEST=1|NEWEST=1]  the tests on another Python, or on other versions:"
+	@echo "            the lowest that pyproject.toml declares, or the newest there are"
 	@echo "make bench  the benchmarks, and for the last of them the demo"
 	@echo "make ablation-smoke  every row of the study in configs/README.md, two steps each, on a few digits"
 	@echo "make gpu-check  everything a GPU must prove, within 25 minutes; results go to gpu-report.json (GPU_CHECK=options)"
@@ -32,11 +36,29 @@ demo: setup
 test: setup
 	$(PYTEST)
 
-check: setup
+test-slow: setup
+	$(PYTEST) -m slow
+
+# An environment of its own, which takes as long and as much room as the first set-up. PYTEST_ARGUMENTS: less than all.
+OTHER = build/python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')$(VERSIONS)
+VERSIONS = $(if $(LOWEST),-lowest,$(if $(NEWEST),-newest))
+VERSIONS_OF = $(if $(LOWEST),build/lowest.txt,$(if $(NEWEST),/dev/null,constraints.txt))
+PYTHON ?= python3
+test-python:
+	@mkdir -p build
+	$(if $(LOWEST),$(PYTHON) scripts/lowest.py > build/lowest.txt)
+	PYTHON=$(PYTHON) scripts/setup.sh $(OTHER) $(VERSIONS_OF)
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(PYTEST_OPTIONS) $(PYTEST_ARGUMENTS)
+
+lint: setup
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m pyright
-	$(PYTEST)
+
+check:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory test
 
 bench: setup
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON_BIN) benchmarks/$$name.py || exit 1; done

@@ -9,6 +9,7 @@ from softshard.trainer.__main__ import add_verbs as add_trainer_verbs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the `softshard` command and return its exit status."""
     return run(make_parser("softshard", __doc__, [add_pipeline_verbs, add_trainer_verbs]), arguments)
 
 

@@ -19,11 +19,12 @@ READ = (
     "trainer/students/fused/_depthwise.c",
 )
 READ += ("trainer/students/fused/_depthwise.h",)
-# `python -m venv` makes a .venv with the same program; `pip install` waits as long as a file `wait` is there.
+# `python -m venv` makes an environment with the same program; `pip install` waits as long as a file `wait` is there.
 PYTHON = """#!/bin/bash
 case "$*" in
-    "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo venv >> calls ;;
-    "-m pip"*) echo pip >> calls; touch .venv/half; while [ -e wait ]; do sleep 0.05; done; [ ! -e fail ] ;;
+    "-m venv"*) venv="${@: -1}"; rm -rf $venv; mkdir -p $venv/bin; cp "$0" $venv/bin/python; echo venv >> calls ;;
+    "-m pip"*) echo pip >> calls; echo "$*" > arguments; touch "${0%/bin/python}/half"
+        while [ -e wait ]; do sleep 0.05; done; [ ! -e fail ] ;;
     *version_info*print* | *print*version_info*) echo 3.12 ;;
 esac
 """
@@ -45,10 +46,10 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def start(checkout: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHON": "python"}
+def start(checkout: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
+    environment = os.environ | {"PATH": f"{checkout}/bin:{path}", "PYTHON": "python"}
     return subprocess.Popen(
-        ["scripts/setup.sh"],
+        ["scripts/setup.sh", *arguments],
         cwd=checkout,
         env=environment,
         text=True,
@@ -125,3 +126,30 @@ def test_a_failed_one_says_so_and_goes_on_from_there(checkout: Path) -> None:
     (checkout / "fail").unlink()
     assert finish(start(checkout)) == (0, INSTALLING, "")
     assert calls(checkout) == ["venv", "pip", "pip"]
+
+
+def test_another_environment_is_made_of_other_versions_and_leaves_the_first_alone(checkout: Path) -> None:
+    assert finish(start(checkout))[0] == 0
+    (checkout / "wait").touch()
+    process = start(checkout, "build/other", "build/lowest.txt")
+    wait(lambda: (checkout / "build/other/half").exists())
+    assert "--constraint build/lowest.txt" in (checkout / "arguments").read_text()
+    os.killpg(process.pid, signal.SIGKILL)
+    assert finish(process)[0] != 0
+    (checkout / "wait").unlink()
+    status, out, err = finish(start(checkout))
+    assert (status, err) == (0, "")
+    assert out == f"setup: the last one was interrupted; starting again with a new build/other\n{INSTALLING}"
+    assert (checkout / ".venv/.ready").exists()
+    assert not (checkout / "build/other").exists()
+
+
+def test_system_packages_that_it_cannot_install_are_named(checkout: Path) -> None:
+    (checkout / "bin/pkg-config").write_text('#!/bin/sh\n[ "$2" != libturbojpeg ] && [ "$2" != zlib ]\n')
+    for tool in ("bash", "cat", "dirname", "flock", "id"):  # and no apt-get
+        (checkout / "bin" / tool).symlink_to(shutil.which(tool) or tool)
+    status, _, err = finish(start(checkout, path=""))
+    assert status == 2
+    assert "expected the system libraries libturbojpeg0-dev zlib1g-dev, found them missing" in err
+    assert "\n  sudo apt-get install libturbojpeg0-dev zlib1g-dev\n" in err
+    assert not (checkout / ".venv").exists()

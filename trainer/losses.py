@@ -101,7 +101,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, *outer: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[0]).to(ctx.dtype), None, None
 

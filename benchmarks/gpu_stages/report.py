@@ -49,7 +49,7 @@ class Report:
             content = json.loads(path.read_bytes())
             whole = _is_report(content)
         except (OSError, ValueError, RecursionError):
-            whole = False
+            content, whole = {}, False
         if not whole:
             raise DataError(
                 f"{path}: expected a report of benchmarks/gpu_check.py, found none or something else; name another file"

@@ -8,12 +8,11 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from softshard.pipeline.recipes.recipe import Model
 from softshard.pipeline.runtime.errors import RecipeError
@@ -26,15 +25,16 @@ M = TypeVar("M", bound=Model)
 def load_recipe(model: type[M], path: str | Path, overrides: Sequence[Override] = ()) -> M:
     """Read a recipe file, apply `--section.key VALUE` overrides, validate.
 
-    Raises RecipeError with one line for each problem: unreadable file, YAML syntax, duplicate, unknown, missing or
-    wrongly typed keys.
+    Raises:
+        RecipeError: one line for each problem: unreadable file, YAML syntax, duplicate, unknown, missing or wrongly
+            typed keys.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: expected a readable YAML recipe, found: {error}; check --config") from None
     data, duplicates = _parse(text, str(path))
-    if not isinstance(data, dict):
+    if not _is_mapping(data):
         raise RecipeError(
             f"{path}: expected a mapping of sections, found {type(data).__name__}; see configs/ for examples"
         )
@@ -52,7 +52,7 @@ def load_recipe(model: type[M], path: str | Path, overrides: Sequence[Override] 
 
 
 def dump_recipe(recipe: Model) -> str:
-    """The resolved recipe as YAML; loading it again gives an equal recipe."""
+    """Write the resolved recipe as YAML; loading it again gives an equal recipe."""
     stream = io.StringIO()
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
@@ -62,12 +62,13 @@ def dump_recipe(recipe: Model) -> str:
 
 
 def save_recipe(recipe: Model, path: Path) -> None:
+    """Write the resolved recipe to a file, whole or not at all."""
     write_atomically(path, dump_recipe(recipe).encode())
 
 
 def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
-    """The leaves in which two recipes or manifests (as plain data) differ: `views.seed: expected 0, found 1`."""
-    if isinstance(expected, dict) and isinstance(found, dict):
+    """Yield the leaves in which two recipes or manifests (plain data) differ: `views.seed: expected 0, found 1`."""
+    if _is_mapping(expected) and _is_mapping(found):
         for key in list(expected) + [key for key in found if key not in expected]:
             yield from differences(expected.get(key), found.get(key), f"{where}.{key}" if where else str(key))
     elif expected != found:
@@ -75,7 +76,7 @@ def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
 
 
 def _parse(text: str, name: str) -> tuple[Any, list[str]]:
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.allow_duplicate_keys = True  # reported by _duplicates, all at once, with their lines
     try:
         tree = yaml.compose(text)
@@ -84,11 +85,19 @@ def _parse(text: str, name: str) -> tuple[Any, list[str]]:
         raise RecipeError(f"{name}: expected YAML, found: {' '.join(str(error).split())}") from None
 
 
-def _duplicates(node: Node, name: str, where: str):
-    if isinstance(node, SequenceNode):
+def _is_mapping(value: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _duplicates(node: Any, name: str, where: str) -> Iterator[str]:
+    if node.id == "sequence":
         for position, item in enumerate(node.value):
             yield from _duplicates(item, name, f"{where}.{position}")
-    elif isinstance(node, MappingNode):
+    elif node.id == "mapping":
         seen: set[str] = set()
         for key, value in node.value:
             dotted = f"{where}.{key.value}".lstrip(".")
@@ -98,29 +107,30 @@ def _duplicates(node: Node, name: str, where: str):
             yield from _duplicates(value, name, dotted)
 
 
-def _override(data: dict, dotted: str, text: str) -> None:
+def _override(data: dict[str, Any], dotted: str, text: str) -> None:
     *sections, last = dotted.split(".")
     target: Any = data
     for section in sections:
-        if isinstance(target, list) and section.isdecimal() and int(section) < len(target):
+        if _is_list(target) and section.isdecimal() and int(section) < len(target):
             target = target[int(section)]
-        elif isinstance(target, dict):
+        elif _is_mapping(target):
             if target.get(section) is None:
                 target[section] = {}
             target = target[section]
         else:
             raise RecipeError(f"--{dotted}: expected a section named {section!r}, found {type(target).__name__}")
     value, _ = _parse(text, f"--{dotted}")
-    if isinstance(target, list) and last.isdecimal() and int(last) < len(target):
+    if _is_list(target) and last.isdecimal() and int(last) < len(target):
         target[int(last)] = value
-    elif isinstance(target, dict):
+    elif _is_mapping(target):
         target[last] = value
     else:
         raise RecipeError(f"--{dotted}: expected a key, found {type(target).__name__} above it")
 
 
 def _problems(error: ValidationError, name: str, overridden: set[str]) -> list[str]:
-    lines, problems = [], error.errors(include_url=False)
+    lines: list[str] = []
+    problems = error.errors(include_url=False)
     for problem in problems:
         depth = len(problem["loc"])
         if problem["type"] == "too_short" and any(p["loc"][:depth] == problem["loc"] != p["loc"] for p in problems):

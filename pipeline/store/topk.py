@@ -86,7 +86,7 @@ class Encoded(NamedTuple):
     """Codes while they are still on the teacher's device, where nothing waits for them: index int64 [B, k], gap uint8
     [B, k - 1], tail uint8 [B], and bool [B] `valid`: whether the row's logits were a distribution."""
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     gap: Tensor
     tail: Tensor
     valid: Tensor
@@ -102,7 +102,7 @@ class SoftLabels(NamedTuple):
         alike
     """
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     probability: Tensor
     tail: Tensor
     tail_distribution: Tensor | None = None

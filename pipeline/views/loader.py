@@ -175,7 +175,7 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         self._columns = (beton.keys, beton.crc32, beton.offsets, beton.lengths, beton.heights, beton.widths)
         self._parameters, self._shape, self._workers = parameters, shape, workers
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state):  # pyright: ignore[reportIncompatibleMethodOverride]
         views = self._shape[:1]
         numbers = (AllocationQuery(shape, np.dtype("i8")) for shape in (views, views, views, ()))
         pixels = AllocationQuery(self._shape, np.dtype("u1"))

@@ -165,6 +165,7 @@ def test_a_photograph_with_others_behind_it_passes_through(root: Path, photograp
 def test_a_jpeg_that_only_pil_decodes_is_converted(root: Path, photographs: list[Image.Image]) -> None:
     """Turbojpeg warns of damaged entropy data, which the loader would take for a failure; PIL shows what there is."""
     data = encoded(photographs[0].crop((200, 100, 301, 177)), "JPEG", quality=95)
+    damaged = data
     for position in range(len(data) // 2, len(data)):
         damaged = data[:position] + bytes([data[position] ^ 0x40]) + data[position + 1 :]
         if b"\xff" not in damaged[position - 1 : position + 2] and not decodes(damaged, 77, 101):

@@ -172,9 +172,9 @@ def counted_steps() -> Iterator[list[None]]:
     steps: list[None] = []
 
     class Counting(torch.optim.AdamW):
-        def step(self, *arguments: Any) -> None:
+        def step(self, closure: Any = None) -> None:
             steps.append(None)
-            super().step(*arguments)
+            super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
