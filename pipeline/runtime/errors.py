@@ -1,6 +1,7 @@
 """The errors a user can cause. Each message says where, what was expected, what was found, what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class SoftshardError(Exception):
@@ -17,6 +18,17 @@ class FormatError(SoftshardError):
 
 class DataError(SoftshardError):
     """The files are sound but do not fit the work: missing samples, other images, no room."""
+
+
+@contextmanager
+def error_context(where: str, remedy: str) -> Iterator[None]:
+    """Say where the errors raised inside happened, and what to do about damage, which is known out here alone."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}; {remedy}") from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def few(names: Sequence[str], count: int = 3) -> str:

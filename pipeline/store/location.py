@@ -23,7 +23,7 @@ SCHEMES = ("s3://", "gs://")
 ROOT = "zarr.json"  # a store is there when this is
 
 
-class Place(Protocol):
+class Location(Protocol):
     """`name` is the path or address as it was given."""
 
     name: str
@@ -149,14 +149,21 @@ class Bucket:
         """Nothing: an object appears whole."""
 
 
-def place(location: str | Path) -> Place:
-    """The place of a store. Raises DataError for an address that is none."""
-    name = str(location)
+def locate(address: str | Path) -> Location:
+    """The location of a store.
+
+    Args:
+        address: A path, s3://bucket/path or gs://bucket/path.
+
+    Raises:
+        DataError: For an address of another kind, and one that names no bucket.
+    """
+    name = str(address)
     if name.startswith(SCHEMES):
         return Bucket(name)
     if "://" in name:
         raise DataError(f"{name}: expected a path or an address with {' or '.join(SCHEMES)}, found another; check it")
-    return Folder(Path(location))
+    return Folder(Path(address))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ tail template, one for each image, says it for all of its views: the mean log-pr
 them, in steps of 1/2 nat.
 
 Sources: storing the top k of a teacher once for all epochs is FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.10666);
-the temperature is Hinton et al. (arXiv 1503.02531). The byte layout is described in FORMAT.md.
+the temperature is Hinton et al. (arXiv 1503.02531). The byte layout is described in docs/format.md.
 """
 
 import math

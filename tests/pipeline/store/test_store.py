@@ -34,8 +34,9 @@ from hypothesis import strategies as st
 
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.runtime.errors import DataError, FormatError
-from softshard.pipeline.store.store import block_digest, open_store
+from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import Codes
+from softshard.pipeline.store.unit import block_digest
 
 FORMAT_PAGE = ROOT / "docs/format.md"
 

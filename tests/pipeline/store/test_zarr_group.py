@@ -29,8 +29,9 @@ from helpers.small_stores import (
 from softshard.pipeline.images.manifest import document_digest
 from softshard.pipeline.runtime.errors import DataError, FormatError
 from softshard.pipeline.store.location import Folder
-from softshard.pipeline.store.store import block_digest, create_store, open_store
+from softshard.pipeline.store.store import create_store, open_store
 from softshard.pipeline.store.topk import Codes
+from softshard.pipeline.store.unit import block_digest
 
 
 @pytest.fixture
