@@ -1,6 +1,7 @@
 """The errors a user can cause. Each message says where, what was expected, what was found, what to do."""
 
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -34,3 +35,9 @@ def error_context(where: str, remedy: str) -> Iterator[None]:
 def few(names: Sequence[str], count: int = 3) -> str:
     """'a, b, c and 4 more', for messages."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """'near: a, b, c', for messages about a name that is none of those that are known; empty when none is like it."""
+    matches = difflib.get_close_matches(name, list(known))
+    return f"near: {', '.join(matches)}" if matches else ""
