@@ -11,7 +11,7 @@ too, but does not promise it, and reports one that is in use as one that is not 
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -149,7 +149,8 @@ class Bucket:
     def sizes(self, folder: str) -> dict[str, int]:
         prefix = f"{folder}/"
         with _reaching(self.name):
-            objects = [meta for batch in obstore.list(self.objects, prefix) for meta in batch]
+            batches = obstore.list(self.objects, prefix)  # pyright: ignore[reportUnknownMemberType]
+            objects = [meta for batch in batches for meta in batch]
         return {str(meta["path"]).removeprefix(prefix): int(meta["size"]) for meta in objects}
 
     def free_bytes(self) -> int | None:
@@ -177,7 +178,7 @@ def locate(address: str | Path) -> Location:
 
 
 @contextmanager
-def writing(where: str) -> Iterator[None]:
+def writing(where: str) -> Generator[None]:
     """What the disk or the bucket reports, as this project's error."""
     try:
         yield
@@ -189,7 +190,7 @@ def writing(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reaching(where: str) -> Iterator[None]:
+def _reaching(where: str) -> Generator[None]:
     try:
         yield
     except BaseError as error:

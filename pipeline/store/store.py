@@ -7,7 +7,7 @@ write the same unit. Rows are joined to images by key digest, never by position.
 docs/format.md.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -242,7 +242,7 @@ class Store:
             raise
 
     @contextmanager
-    def _naming(self, unit: Unit) -> Iterator[None]:
+    def _naming(self, unit: Unit) -> Generator[None]:
         """Errors inside say which unit they are about, and how to have it labeled again."""
         digest = self._group.chunk_file(unit.digest_array, *unit.position)
         with error_context(f"{self.name}: {unit.name}", f"delete {digest} and label again"):

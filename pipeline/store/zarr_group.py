@@ -5,9 +5,9 @@ into this project's errors; what the arrays mean is the business of store.py and
 for byte in docs/format.md.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import zarr
@@ -85,7 +85,7 @@ class ZarrGroup:
             error_context(location.name, "check the path, or label again"),
             _reading("expected a store of labels (a zarr v3 group)"),
         ):
-            self._group = zarr.open_group(_storage(location), mode="r+", zarr_format=3, use_consolidated=False)
+            self._group = _open_group(_storage(location), "r+")
             attributes = self._group.attrs.asdict()
         self.manifest = _parse_manifest(location.name, attributes)
         self._arrays = self._open_arrays()
@@ -139,7 +139,7 @@ class ZarrGroup:
         return sum(self.location.sizes(f"{name}/c").values())
 
     def _open_arrays(self) -> dict[str, zarr.Array[Any]]:
-        expected = zarr.open_group(MemoryStore(_new_group(self.manifest, {})), mode="r")
+        expected = _open_group(MemoryStore(_new_group(self.manifest, {})), "r")
         return {name: self._open_array(name, expected[name]).with_config(_CONFIG) for name in layouts(self.manifest)}
 
     def _open_array(self, name: str, expected: Any) -> zarr.Array[Any]:
@@ -176,11 +176,18 @@ def _storage(location: Location) -> LocalStore | ObjectStore[Any]:
     return ObjectStore(location.objects)
 
 
+def _open_group(storage: LocalStore | ObjectStore[Any] | MemoryStore, mode: Literal["r", "r+"]) -> zarr.Group:
+    return zarr.open_group(  # pyright: ignore[reportUnknownMemberType]
+        storage, mode=mode, zarr_format=3, use_consolidated=False
+    )
+
+
 def _new_group(manifest: StoreManifest, columns: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
     # made in memory: zarr writes several files at a time, and goes on with the others behind our back when one fails
     files: dict[str, Buffer] = {}
     attributes: dict[str, Any] = {ATTRIBUTE: sealed(manifest)}
-    group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
+    memory = MemoryStore(files)
+    group = zarr.create_group(memory, zarr_format=3, attributes=attributes)  # pyright: ignore[reportUnknownMemberType]
     for name, layout in layouts(manifest).items():
         array = _create_array(group, name, layout)
         if name in columns:
@@ -205,7 +212,8 @@ def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array[An
 
 def _differences(node: zarr.Array[Any], wanted: Any) -> list[str]:
     """In what the metadata of an array differs from that of a new one: 'fill_value 0 (not 255)'."""
-    found, expected = node.metadata.to_dict(), wanted.metadata.to_dict()
+    metadata: Any = node.metadata
+    found, expected = metadata.to_dict(), wanted.metadata.to_dict()
     names = expected["dimension_names"]
     if isinstance(names, tuple) and names[0] == "view" and node.shape[0] >= wanted.shape[0]:
         expected["shape"] = (node.shape[0], *wanted.shape[1:])  # its growth was cut off before the manifest's
@@ -214,9 +222,10 @@ def _differences(node: zarr.Array[Any], wanted: Any) -> list[str]:
 
 
 def _parse_manifest(name: str, attributes: dict[str, Any]) -> StoreManifest:
-    data = attributes.get(ATTRIBUTE)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = f"format {data.get('format')}" if isinstance(data, dict) else "no manifest"
+    attribute = attributes.get(ATTRIBUTE)
+    data = cast(dict[str, Any], attribute) if isinstance(attribute, dict) else None
+    if data is None or data.get("format") != FORMAT:
+        found = "no manifest" if data is None else f"format {data.get('format')}"
         raise FormatError(f"{name}: expected a store of format {FORMAT}, found {found}; check the path")
     if data.get("version") != VERSION:
         raise FormatError(
@@ -227,7 +236,7 @@ def _parse_manifest(name: str, attributes: dict[str, Any]) -> StoreManifest:
 
 
 @contextmanager
-def _reading(expected: str) -> Iterator[None]:
+def _reading(expected: str) -> Generator[None]:
     """What zarr, the codecs and the disk raise, as this project's errors, for `error_context` to say where."""
     try:
         yield
