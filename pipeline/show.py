@@ -168,7 +168,7 @@ def _view_lines(views: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _coverage(labeled: Sequence[int], blocks: int) -> list[str]:
-    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labeled']"""
+    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labeled']."""
     lines, first = [], 0
     for done, views in groupby(labeled):
         last = first + len(list(views)) - 1

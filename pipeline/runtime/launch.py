@@ -108,9 +108,11 @@ class CollectiveFlags:
 
 
 class StopSignal:
-    """While the context is open, SIGINT and SIGTERM set `received` instead of ending the process, so that the work can
-    end after the current step. Ctrl-C a second time ends it at once; signals that follow each other closely are one,
-    because launchers and batch systems repeat those that a terminal has sent to all processes."""
+    """While the context is open, SIGINT and SIGTERM set `received` instead of ending the process.
+
+    So the work can end after the current step. Ctrl-C a second time ends it at once; signals that follow each other
+    closely are one, because launchers and batch systems repeat those that a terminal has sent to all processes.
+    """
 
     received = False
 

@@ -117,7 +117,7 @@ def _labels(store: Store) -> Iterator[bytes]:
 
 def _block_labels(store: Store, block: int) -> Iterator[bytes]:
     rows, views = store.rows(block), store.manifest.views.count
-    index, gap, tail = _room(store.manifest, (rows.stop - rows.start, views))
+    index, gap, tail = _empty_codes(store.manifest, (rows.stop - rows.start, views))
     for view in range(views):
         codes = store.read_block(view, block)
         index[:, view], gap[:, view], tail[:, view] = codes.index, codes.gap, codes.tail
@@ -127,7 +127,9 @@ def _block_labels(store: Store, block: int) -> Iterator[bytes]:
         yield encode_sample(SampleLabels(key, crc32, Codes(*arrays), shape))
 
 
-def _room(manifest: StoreManifest, axes: tuple[int, int]) -> tuple[NDArray[Any], NDArray[np.uint8], NDArray[np.uint8]]:
+def _empty_codes(
+    manifest: StoreManifest, axes: tuple[int, int]
+) -> tuple[NDArray[Any], NDArray[np.uint8], NDArray[np.uint8]]:
     """Index [*axes, K], gap [*axes, K - 1] and tail [*axes], yet to be filled."""
     index = np.empty((*axes, manifest.top_k), index_dtype(manifest.classes))
     return index, np.empty((*axes, manifest.top_k - 1), np.uint8), np.empty(axes, np.uint8)
@@ -176,7 +178,7 @@ def _fill(store: Store, block: int, samples: Iterator[SampleLabels]) -> None:
     """Write one block, with all of its views, from the next samples."""
     manifest, rows = store.manifest, store.rows(block)
     count, views = rows.stop - rows.start, manifest.views.count
-    index, gap, tail = _room(manifest, (views, count))
+    index, gap, tail = _empty_codes(manifest, (views, count))
     template = np.empty((count, manifest.classes) if manifest.template else 0, np.uint8)
     for row, sample in enumerate(islice(samples, count)):
         index[:, row], gap[:, row], tail[:, row] = sample.codes.index, sample.codes.gap, sample.codes.tail

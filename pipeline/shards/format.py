@@ -40,8 +40,11 @@ class ShardRecord(Model):
 
 
 class ShardManifest(Model):
-    """manifest.json of a set of shards. `labels` is the manifest of the store that the labels came from, `images` says
-    whether each sample also has its image and its hard label."""
+    """manifest.json of a set of shards.
+
+    `labels` is the manifest of the store that the labels came from, `images` says whether each sample also has its
+    image and its hard label.
+    """
 
     format: Literal["softshard-shards"] = "softshard-shards"
     version: Literal[1] = 1
@@ -59,8 +62,14 @@ class ShardManifest(Model):
 
 
 class SampleLabels(NamedTuple):
-    """The labels of all V views of one image: its key digest and the CRC-32 of its file, codes with the leading axis
-    [V], the tail template uint8 [C] where the labels have one."""
+    """The labels of all V views of one image.
+
+    Attributes:
+        key: The image's key digest.
+        crc32: The CRC-32 of its file.
+        codes: Codes with the leading axis [V].
+        template: The tail template, uint8 [C], where the labels have one.
+    """
 
     key: int
     crc32: int

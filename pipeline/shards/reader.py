@@ -63,13 +63,24 @@ def shards_bytes(folder: Path, manifest: ShardManifest) -> int:
 
 
 def read_identities(folder: Path, manifest: ShardManifest, title: str) -> Iterator[NDArray[Any] | str]:
-    """Read a whole set: for each tar the IDENTITY [samples] of its samples, or what is wrong with it. `title` is that
-    of a progress bar. Raises DataError for a tar that cannot be read."""
+    """Read a whole set, with a progress bar of that title.
+
+    Returns:
+        For each tar the IDENTITY [samples] of its samples, or what is wrong with it.
+
+    Raises:
+        DataError: For a tar that cannot be read.
+    """
     return in_order(partial(_read_identities, folder, manifest), manifest.shards, len(manifest.shards), title, "tar")
 
 
 def repeated_keys(folder: Path, identities: Sequence[NDArray[Any]]) -> list[str]:
-    """A line that says which key more than one sample of a set has, where there is one; of IDENTITY arrays."""
+    """A line that says which key more than one sample of a set has; none where all differ.
+
+    Args:
+        folder: The set, for the message.
+        identities: IDENTITY [samples] of each tar.
+    """
     keys = np.sort(np.concatenate([np.zeros(0, IDENTITY), *identities])["key"])
     again = keys[1:][keys[1:] == keys[:-1]]
     if not len(again):

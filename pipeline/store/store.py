@@ -78,8 +78,11 @@ class Store:
         return self._read_at_once({"template_digest": (slice(None),)}, units, self._digest)["template_digest"]
 
     def coverage(self) -> NDArray[np.int64]:
-        """How many blocks of each view are labeled, [V], from the names of their digests, in a twentieth of the time
-        that reading them takes. Damage is noticed where a block is read."""
+        """How many blocks of each view are labeled, int64 [V].
+
+        This looks at the names of the digests, in a twentieth of the time that reading them takes; damage is noticed
+        where a block is read.
+        """
         views = [view for view, block in self._group.chunks("block_digest") if block < self.blocks]
         return np.bincount(np.array(views, np.int64), minlength=self.manifest.views.count)[: self.manifest.views.count]
 
@@ -92,8 +95,9 @@ class Store:
         return self._digest(template_unit(self.manifest, block)) != 0
 
     def write_block(self, view: int, block: int, codes: Codes) -> None:
-        """Commit the codes of one block; it is labeled once this returns. A block that has the same codes already is
-        left as it is.
+        """Commit the codes of one block; it is labeled once this returns.
+
+        A block that has the same codes already is left as it is.
 
         Raises:
             DataError: When it has others, and when the disk is full or refuses; it then still counts as not labeled.

@@ -34,9 +34,10 @@ UINT16_CLASSES = 65534  # uint16 indices need one value that is no class, for th
 class Codes:
     """Encoded soft labels of any number of rows; k is the last axis of `index`.
 
-    index: uint16 [..., k] (uint32 above 65534 classes), most probable first
-    gap:   uint8 [..., k - 1], steps of 1/16 nat between neighbors, saturating at 255
-    tail:  uint8 [...], round(16 * (log tail mass - lp_1)) + 176, saturating; 0 when k is the number of classes
+    Attributes:
+        index: uint16 [..., k] (uint32 above 65534 classes), most probable first.
+        gap: uint8 [..., k - 1], steps of 1/16 nat between neighbors, saturating at 255.
+        tail: uint8 [...], round(16 * (log tail mass - lp_1)) + 176, saturating; 0 when k is the number of classes.
     """
 
     index: NDArray[Any]
@@ -54,12 +55,14 @@ class Codes:
         return Codes(*(np.take(array, rows, axis=0) for array in (self.index, self.gap, self.tail)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """index as int64, gap and tail, as `decode` takes them."""
+        """The index as int64, gap and tail, as `decode` takes them."""
         return _tensor(self.index.astype(np.int64)), _tensor(self.gap), _tensor(self.tail)
 
     def top(self, k: int, classes: int) -> "Codes":
-        """The codes of the k most probable classes alone, of `classes`: the mass of the others goes to the tail, which
-        is rounded once more."""
+        """The codes of the k most probable classes alone, of `classes`.
+
+        The mass of the others goes to the tail, which is rounded once more.
+        """
         kept = self.index.shape[-1]
         assert 1 <= k <= kept, f"k = {k} of {kept}"
         if k == kept:
@@ -83,8 +86,14 @@ class Codes:
 
 
 class Encoded(NamedTuple):
-    """Codes while they are still on the teacher's device, where nothing waits for them: index int64 [B, k], gap uint8
-    [B, k - 1], tail uint8 [B], and bool [B] `valid`: whether the row's logits were a distribution."""
+    """Codes while they are still on the teacher's device, where nothing waits for them.
+
+    Attributes:
+        index: int64 [B, k].
+        gap: uint8 [B, k - 1].
+        tail: uint8 [B].
+        valid: bool [B], whether the row's logits were a distribution.
+    """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     gap: Tensor
@@ -95,11 +104,12 @@ class Encoded(NamedTuple):
 class SoftLabels(NamedTuple):
     """Soft labels at one temperature; `probability` and `tail` of a row sum to one.
 
-    index:       int64 [B, k], classes
-    probability: float32 [B, k]
-    tail:        float32 [B], mass of the other C - k classes together; exactly 0 when k = C
-    tail_distribution: float32 [B, C], how the tail mass lies on the classes (0 for the top k); None: on all C - k
-        alike
+    Attributes:
+        index: int64 [B, k], classes.
+        probability: float32 [B, k].
+        tail: float32 [B], the mass of the other C - k classes together; exactly 0 when k = C.
+        tail_distribution: float32 [B, C], how the tail mass lies on the classes (0 for the top k); None: on all C - k
+            alike.
     """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -20,8 +20,16 @@ Selection = tuple[int | slice, ...]
 
 
 class Unit(NamedTuple):
-    """Where a unit lies: the part of each array that it fills, in the order of its digest, and the position of that.
-    `name` and `content` are for messages."""
+    """Where a unit lies in its store.
+
+    Attributes:
+        name: For messages.
+        content: What it holds, for messages.
+        parts: The part of each array that it fills, in the order of its digest.
+        digest_array: The array that holds its digest.
+        position: Of its digest there; the digest covers it, too.
+        classes: The store's number of classes.
+    """
 
     name: str
     content: str

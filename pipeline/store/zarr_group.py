@@ -45,8 +45,10 @@ class Layout(NamedTuple):
 
 
 def layouts(manifest: StoreManifest) -> dict[str, Layout]:
-    """The arrays a store of this manifest has, by name. With k = 1 there are no gaps and no gap array; without a
-    template there are no template arrays."""
+    """The arrays a store of this manifest has, by name.
+
+    With k = 1 there are no gaps and no gap array; without a template there are no template arrays.
+    """
     n, v, k, rows = manifest.samples, manifest.views.count, manifest.top_k, manifest.block_rows
     u1, u4, u8, index = np.dtype(np.uint8), np.dtype(np.uint32), np.dtype(np.uint64), index_dtype(manifest.classes)
     view_sample = ("view", "sample")
@@ -116,8 +118,11 @@ class ZarrGroup:
             self._arrays[name][selection] = values
 
     def grow(self, manifest: StoreManifest) -> None:
-        """Make room for the views of a manifest that has more of them. Its metadata comes last: after a crash in
-        between the store is what it was before, with arrays that are larger than it needs."""
+        """Make room for the views of a manifest that has more of them.
+
+        The manifest comes last: after a crash in between the store is what it was before, with arrays that are larger
+        than it needs.
+        """
         with writing(self.location.name):
             for name, layout in layouts(manifest).items():
                 if self._arrays[name].shape < layout.shape:
