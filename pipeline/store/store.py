@@ -144,15 +144,9 @@ class Store:
         return codes_of(arrays)
 
     def read_rows(self, view: int, rows: NDArray[np.int64]) -> Codes:
-        """The codes of some rows in one view, in the order asked for; only their blocks are read, and verified.
+        """The codes of some rows in one view, in the order asked for. Raises as `read_block` does.
 
-        Args:
-            view: The view's number.
-            rows: int64 [n], rows of the store, in any order; one may stand there more than once.
-
-        Raises:
-            DataError: As `read_block`.
-            FormatError: As `read_block`.
+        Only the blocks of these rows are read, and verified. `rows` is int64 [n]; a row may stand there more than once.
         """
         rows = np.asarray(rows, np.int64)
         assert ((rows >= 0) & (rows < self.manifest.samples)).all(), f"rows of {self.manifest.samples}"
