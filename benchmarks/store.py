@@ -27,8 +27,9 @@ from torch import Tensor
 
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.recipes.recipe import TemplateRecipe, ViewRecipe
-from softshard.pipeline.store.store import code_arrays, create_store, open_store
+from softshard.pipeline.store.store import create_store, open_store
 from softshard.pipeline.store.topk import Codes, SoftLabels, decode, encode, encode_template
+from softshard.pipeline.store.unit import code_arrays
 from softshard.pipeline.store.zarr_group import compressed_bytes
 
 OURS = "softshard"

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softshard.pipeline.images.beton import Beton, is_beton, open_beton
+from softshard.pipeline.runtime.documents import flatten
 from softshard.pipeline.runtime.errors import few
-from softshard.pipeline.shards.convert import describe_shards
-from softshard.pipeline.shards.format import is_shards
+from softshard.pipeline.shards.format import is_shards, open_shards
+from softshard.pipeline.shards.reader import shards_bytes
 from softshard.pipeline.store.store import Store, open_store
 from softshard.pipeline.store.topk import decode
 
@@ -19,15 +20,22 @@ FIRST = 5  # classes and skipped images that the summary names
 
 
 def describe(path: str) -> dict[str, Any]:
-    """A .beton, shards, or a store at a path or an address, as plain data. Raises DataError and FormatError as opening
-    them does."""
+    """A .beton, shards, or a store as plain data.
+
+    Args:
+        path: A path, or an address of a store.
+
+    Raises:
+        DataError: When there is nothing to read.
+        FormatError: For damage to what was read: manifests, tables, digests.
+    """
     if is_shards(path):
-        return describe_shards(Path(path))
+        return _shards(Path(path))
     return _beton(open_beton(path)) if is_beton(path) else _store(open_store(path))
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The document for people: `name  value` lines."""
+    """The document that `describe` gives for people: `name  value` lines."""
     lines = {"beton": _beton_lines, "store": _store_lines, "shards": _shard_lines}[document["kind"]](document)
     return "\n".join(f"{name:12} {value}" for name, value in lines)
 
@@ -63,6 +71,18 @@ def _store(store: Store) -> dict[str, Any]:
         "bytes": store.stored_bytes(),
         "bytes_per_view": store.bytes_per_view(digests),
         "manifest": store.manifest.model_dump(mode="json"),
+    }
+
+
+def _shards(folder: Path) -> dict[str, Any]:
+    manifest = open_shards(folder)
+    return {
+        "kind": "shards",
+        "path": str(folder),
+        "images": manifest.images,
+        "shards": [shard.model_dump() for shard in manifest.shards],
+        "bytes": shards_bytes(folder, manifest),
+        "manifest": manifest.labels.model_dump(mode="json"),
     }
 
 
@@ -148,7 +168,7 @@ def _view_lines(views: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _coverage(labeled: Sequence[int], blocks: int) -> list[str]:
-    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labeled']"""
+    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labeled']."""
     lines, first = [], 0
     for done, views in groupby(labeled):
         last = first + len(list(views)) - 1
@@ -160,10 +180,7 @@ def _coverage(labeled: Sequence[int], blocks: int) -> list[str]:
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, str]]:
-    """Nested sections as `section.key value`, so that they can be given to a recipe as they stand."""
-    if not isinstance(value, dict):
-        return [(name, "null" if value is None else str(value))]
-    return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
+    return [(leaf, "null" if found is None else str(found)) for leaf, found in flatten(value, name).items()]
 
 
 def _range(values: NDArray[np.int64]) -> dict[str, float]:

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "trainer/losses": {"pipeline/store"},
     "trainer/students/fused": set(),
     "trainer/students": {"pipeline/runtime", "trainer/students/fused", "teachers/weights"},
-    "trainer/recipe": {"pipeline/recipes", "trainer/losses", "trainer/students", "trainer/students/fused"},
+    "trainer/recipe": {*_BASE, "trainer/losses", "trainer/students", "trainer/students/fused"},
     "trainer/student": {"pipeline/runtime", "trainer/recipe", "trainer/students", "teachers/weights"},
     "trainer/data": {*_CONTRACTS, "trainer/recipe", "trainer/losses"},
     "trainer/loop": {

@@ -1,12 +1,12 @@
 """The train recipe: data, student, loss, optimizer, schedule, and how to watch."""
 
-import difflib
 from typing import Annotated, Any, Literal
 
 import timm.optim
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo, field_validator, model_validator
 
 from softshard.pipeline.recipes.recipe import Fraction, Model, Precision, ViewRecipe
+from softshard.pipeline.runtime.errors import near
 from softshard.trainer.losses import TailPolicy
 from softshard.trainer.students.build import Library
 from softshard.trainer.students.expand import Init
@@ -94,8 +94,8 @@ def _optimizer_name(name: str) -> str:
             f"expected an optimizer that takes first derivatives alone, such as adamw or lamb (got {name!r})"
         )
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or ["adamw", "lamb", "sgd"]
-        raise ValueError(f"expected an optimizer of timm.optim, near: {', '.join(near)} (got {name!r})")
+        hint = near(name, known) or "near: adamw, lamb, sgd"
+        raise ValueError(f"expected an optimizer of timm.optim, {hint} (got {name!r})")
     return name
 
 

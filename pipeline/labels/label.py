@@ -53,7 +53,7 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     if finished:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            store.place.sweep(started)  # launches that run now have begun their files since
+            store.location.sweep(started)  # launches that run now have begun their files since
     return finished
 
 
@@ -152,13 +152,13 @@ def _prepare(labeler: Labeler, manifest: StoreManifest, views: range, processes:
         store = open_matching(labeler, manifest)  # another launch may have been faster, with another recipe
     elif grows:
         store.grow(recipe.views.count)
-    store.place.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
+    store.location.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
     if units is None:
         units = missing_units(store, views)
     left = sum(len(together) * len(_rows(store, block)) for together, block in units)
     views_left = -(-left // manifest.samples)
     print(describe_run(found, manifest, views_left, processes))
-    needed, free = found.stored_bytes(manifest, views_left), store.place.free_bytes()
+    needed, free = found.stored_bytes(manifest, views_left), store.location.free_bytes()
     if free is not None and needed > free:
         raise DataError(
             f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labeled yet, found "

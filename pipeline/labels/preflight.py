@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.labels.labeler import LabeledBatch, Labeler
 from softshard.pipeline.runtime.errors import DataError
-from softshard.pipeline.store.store import code_arrays
 from softshard.pipeline.store.topk import Codes, decode
+from softshard.pipeline.store.unit import code_arrays
 from softshard.pipeline.store.zarr_group import compressed_bytes
 from softshard.teachers import PUBLISHED
 

@@ -18,16 +18,22 @@ MODEL_PARALLEL_OPTIONS = {
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
 }
-REPEATED_SECONDS = 2.0
+SECONDS_OF_ONE_SIGNAL = 2.0
 STOPPING = "stopping after what is being done now, whose result is kept; Ctrl-C once more ends at once"
 
 
 def make_accelerator(stage: str, precision: str, **options: Any) -> Accelerator:
     """The Accelerator of this process; prints one line that says how many processes run, where and in which precision.
 
-    precision: the recipe's; options: Accelerate's own. Raises DataError when the launcher asks for another precision
-    than the recipe, for a compiler or for models in parts, and when it started more processes than Accelerate knows of:
-    each would believe that it is alone and do all of the work.
+    Args:
+        stage: The verb, for messages.
+        precision: The recipe's.
+        options: Accelerate's own.
+
+    Raises:
+        DataError: When the launcher asks for another precision than the recipe, for a compiler or for models in parts,
+            and when it started more processes than Accelerate knows of: each would believe that it is alone and do all
+            of the work.
     """
     _check_launcher(stage, precision)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **{"mixed_precision": "no", **options})
@@ -63,39 +69,50 @@ def _check_launcher(stage: str, precision: str) -> None:
 
 
 class CollectiveFlags:
-    """What any of the processes asks for, known to all of them after the same step.
+    """Flags that any process may raise, known to all of them after the same step.
 
-    The question of a step travels while the next one is computed, over gloo and never through the accelerator's queue,
-    so that nobody waits for it.
+    The flags of a step travel while the next one is computed, over gloo and never through the accelerator's queue, so
+    that nobody waits for them. Accelerate's own trigger (set_trigger, check_trigger) does wait: it reads a number from
+    the device, which must first finish what is queued there. So it does not serve within the update loop.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._group: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._under_way: tuple[torch.Tensor, Any] | None = None
 
-    def __call__(self, *wishes: bool, now: bool = False) -> list[bool]:
-        """For each wish, whether a process had it one call ago; with `now`, which all processes pass or none, whether
-        one has it now or had it then. A process alone gets its wishes."""
+    def __call__(self, *flags: bool, now: bool = False) -> list[bool]:
+        """Send this process's flags, and get those of all.
+
+        Args:
+            flags: The same number in each call and each process.
+            now: Wait for the flags of this call, too; all processes pass it, or none.
+
+        Returns:
+            For each flag, whether a process raised it one call ago, or with `now` one call ago or in this one. A single
+            process gets its own at once.
+        """
         if self._group is None:
-            return list(wishes)
-        granted = self._answer(len(wishes))
-        tensor = torch.tensor(wishes, dtype=torch.int32)
-        self._asked = tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return [one or two for one, two in zip(granted, self._answer(len(wishes)), strict=True)] if now else granted
+            return list(flags)
+        earlier = self._arrived(len(flags))
+        tensor = torch.tensor(flags, dtype=torch.int32)
+        self._under_way = tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return [one or two for one, two in zip(earlier, self._arrived(len(flags)), strict=True)] if now else earlier
 
-    def _answer(self, count: int) -> list[bool]:
-        if self._asked is None:
+    def _arrived(self, count: int) -> list[bool]:
+        if self._under_way is None:
             return [False] * count
-        tensor, work = self._asked
+        tensor, work = self._under_way
         work.wait()
-        self._asked = None
+        self._under_way = None
         return [bool(value) for value in tensor]
 
 
 class StopSignal:
-    """While the context is open, SIGINT and SIGTERM set `received` instead of ending the process, so that the work can
-    end after the current step. Ctrl-C a second time ends it at once; signals that follow each other closely are one,
-    because launchers and batch systems repeat those that a terminal has sent to all processes."""
+    """While the context is open, SIGINT and SIGTERM set `received` instead of ending the process.
+
+    So the work can end after the current step. Ctrl-C a second time ends it at once; signals that follow each other
+    closely are one, because launchers and batch systems repeat those that a terminal has sent to all processes.
+    """
 
     received = False
 
@@ -113,5 +130,5 @@ class StopSignal:
             self.received, self._first = True, now
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, f"\n{signal.Signals(number).name}: {STOPPING}\n".encode())  # print is not for handlers
-        elif number == signal.SIGINT and now - self._first > REPEATED_SECONDS:
+        elif number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_SIGNAL:
             raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-RESULTS_PER_THREAD = 16  # results waiting for each thread
+WAITING_RESULTS_PER_THREAD = 16
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -16,13 +16,20 @@ Result = TypeVar("Result")
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], count: int, title: str, unit: str
 ) -> Iterator[Result]:
-    """function(item) for each item, with a progress bar on stderr.
+    """function(item) for each item, in order, with a progress bar on stderr.
 
     Unlike pool.map it takes items as it goes, so that a large data set does not pile up in memory.
+
+    Args:
+        function: Called in threads.
+        items: Taken in the calling thread.
+        count: How many items there are, for the bar.
+        title: What the bar says before its figures.
+        unit: What the bar calls an item.
     """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        results = _submit(pool, function, items, RESULTS_PER_THREAD * threads)
+        results = _submit(pool, function, items, WAITING_RESULTS_PER_THREAD * threads)
         yield from tqdm(results, title, count, unit=unit, mininterval=0.5)
 
 

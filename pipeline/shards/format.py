@@ -1,20 +1,15 @@
-"""Shards: the labels of a store sample by sample in WebDataset tars, to share and to stream.
+"""The format of shards: the labels of a store sample by sample in WebDataset tars, to share and to stream.
 
 `NAME.soft.bin` holds all views of one sample. The tars are plain ones that stock WebDataset iterates, and
 `decode_sample` is all it takes to read labels from them. A set of shards is a folder with its tars and one
 manifest.json, which has the digest of each tar: damage is noticed before anything of a tar is looked at. The same
-labels give the same bytes everywhere. The format is described in FORMAT.md.
+labels give the same bytes everywhere. The format is described in docs/format.md.
 """
 
-import hashlib
 import io
 import json
 import math
 import struct
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,7 +18,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from softshard.pipeline.images.manifest import StoreManifest, key_digest, load_sealed, sealed
+from softshard.pipeline.images.manifest import StoreManifest, load_sealed, sealed
 from softshard.pipeline.recipes.recipe import Model
 from softshard.pipeline.runtime.errors import DataError, FormatError
 from softshard.pipeline.store.topk import Codes, index_dtype
@@ -33,7 +28,6 @@ LABELS_SUFFIX, CLASS_SUFFIX = ".soft.bin", ".cls"
 MAGIC, CHECKSUM = b"\x28\xb5\x2f\xfd", 4  # of a zstd frame: how it starts, and the bit that says it has a checksum
 HEAD = struct.Struct("<QI")  # key digest, CRC-32 of the image
 CODEC = Zstd(level=9, checksum=True)
-TAR_BLOCK = 512
 REMEDY = "copy or download it again"
 
 
@@ -46,8 +40,11 @@ class ShardRecord(Model):
 
 
 class ShardManifest(Model):
-    """manifest.json of a set of shards. `labels` is the manifest of the store that the labels came from, `images` says
-    whether each sample also has its image and its hard label."""
+    """manifest.json of a set of shards.
+
+    `labels` is the manifest of the store that the labels came from, `images` says whether each sample also has its
+    image and its hard label.
+    """
 
     format: Literal["softshard-shards"] = "softshard-shards"
     version: Literal[1] = 1
@@ -65,8 +62,14 @@ class ShardManifest(Model):
 
 
 class SampleLabels(NamedTuple):
-    """The labels of all V views of one image: its key digest and the CRC-32 of its file, codes with the leading axis
-    [V], the tail template uint8 [C] where the labels have one."""
+    """The labels of all V views of one image.
+
+    Attributes:
+        key: The image's key digest.
+        crc32: The CRC-32 of its file.
+        codes: Codes with the leading axis [V].
+        template: The tail template, uint8 [C], where the labels have one.
+    """
 
     key: int
     crc32: int
@@ -82,10 +85,18 @@ def encode_sample(labels: SampleLabels) -> bytes:
 
 
 def decode_sample(data: bytes, manifest: StoreManifest) -> SampleLabels:
-    """The labels in a .soft.bin of a set with this manifest (`ShardManifest.labels`).
+    """The labels in a .soft.bin.
 
-    Codes have index uint16 or uint32 [V, K], gap uint8 [V, K - 1], tail uint8 [V]. Raises FormatError for bytes that
-    are not those of a sample with just these sizes, were damaged, or hold an index that is no class.
+    Args:
+        data: Its content.
+        manifest: What the labels of its set come from (`ShardManifest.labels`).
+
+    Returns:
+        Codes with index uint16 or uint32 [V, K], gap uint8 [V, K - 1], tail uint8 [V].
+
+    Raises:
+        FormatError: For bytes that are not those of a sample with just these sizes, were damaged, or hold an index
+            that is no class.
     """
     layout = _layout(manifest)
     ends = np.cumsum([HEAD.size, *(dtype.itemsize * math.prod(shape) for dtype, shape in layout)]).tolist()
@@ -107,66 +118,37 @@ def is_shards(path: str | Path) -> bool:
 
 
 def shard_name(number: int) -> str:
+    """The name of a tar in its set."""
     return f"labels-{number:06}.tar"
 
 
 def open_shards(folder: Path) -> ShardManifest:
-    """The manifest of a set of shards. Raises FormatError when it is missing, damaged or of another format, DataError
-    when it cannot be read."""
+    """The manifest of a set of shards.
+
+    Raises:
+        FormatError: When it is missing, damaged or of another format.
+        DataError: When it cannot be read.
+    """
     path = folder / MANIFEST
-    with _open(path) as file:
+    with open_file(path) as file:
         text = file.read()
     return load_sealed(ShardManifest, text, str(path), REMEDY)
 
 
 def write_manifest(folder: Path, manifest: ShardManifest) -> None:
-    # without spaces: any other byte in the place of one would be the same document
+    """Write the manifest of a set into its folder."""
+    # without spaces: any other byte instead of one would be the same document
     (folder / MANIFEST).write_text(json.dumps(sealed(manifest), separators=(",", ":")))
 
 
-def write_shard(path: Path, samples: Iterable[dict[str, bytes]]) -> ShardRecord:
-    """Write a tar of some samples, each its members by name; the same samples give the same bytes."""
-    digest, count = hashlib.blake2b(digest_size=8), 0
-    with path.open("wb") as file:
-        for members in samples:
-            count += 1
-            data = b"".join(_tar_member(name, members[name]) for name in sorted(members))
-            file.write(data)
-            digest.update(data)
-        end = bytes(2 * TAR_BLOCK)
-        file.write(end)
-        digest.update(end)
-    return ShardRecord(name=path.name, samples=count, digest=digest.hexdigest())
-
-
-def read_shard(folder: Path, shard: ShardRecord, manifest: ShardManifest) -> Iterator[SampleLabels]:
-    """The samples of a tar, in order, every one checked, after the digest of the whole tar.
-
-    Raises FormatError when the tar is missing or damaged, or holds other samples or members than it should; DataError
-    when it cannot be read.
-    """
-    path, count = folder / shard.name, 0
-    with _open(path) as file:
-        found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-        if found != shard.digest:
-            raise FormatError(f"{path}: expected a file with digest {shard.digest}, found {found}; {REMEDY}")
-        for name, members in _samples(path, file):
-            count += 1
-            try:
-                yield _checked(name, members, manifest)
-            except FormatError as error:
-                raise FormatError(f"{path}: {name}: {error}") from None
-    if count != shard.samples:
-        raise FormatError(f"{path}: expected {shard.samples} samples, found {count}; {REMEDY}")
-
-
-def shards_bytes(folder: Path, manifest: ShardManifest) -> int:
-    """Bytes of all tars together. Raises FormatError when one is missing."""
-    total = 0
-    for shard in manifest.shards:
-        with _open(folder / shard.name) as file:
-            total += file.seek(0, 2)
-    return total
+def open_file(path: Path) -> io.BufferedReader:
+    """A file of a set, to be read. Raises FormatError when it is missing, DataError when it cannot be read."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise FormatError(f"{path}: expected a file of a set of shards, found none; {REMEDY}") from None
+    except OSError as error:
+        raise DataError(f"{path}: expected a file that can be read, found: {error.strerror}; check it") from None
 
 
 def _layout(manifest: StoreManifest) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -174,63 +156,6 @@ def _layout(manifest: StoreManifest) -> list[tuple[np.dtype[Any], tuple[int, ...
     views, k, template = manifest.views.count, manifest.top_k, manifest.classes if manifest.template else 0
     byte = np.dtype(np.uint8)
     return [(index_dtype(manifest.classes), (views, k)), (byte, (views, k - 1)), (byte, (views,)), (byte, (template,))]
-
-
-def _checked(name: str, members: dict[str, bytes], manifest: ShardManifest) -> SampleLabels:
-    """The labels of a sample whose members are all there, fit each other, and are no more than they should be."""
-    found = ", ".join(members)
-    if name + LABELS_SUFFIX not in members:
-        raise FormatError(f"expected a member {name}{LABELS_SUFFIX}, found {found}; {REMEDY}")
-    labels = decode_sample(members[name + LABELS_SUFFIX], manifest.labels)
-    fits = _is_with_image if manifest.images else _is_alone
-    if not fits(labels, name, members):
-        what = "with their image and its class" if manifest.images else "alone, under that name"
-        raise FormatError(f"expected the labels of key {labels.key:016x} {what}, found {found}; {REMEDY}")
-    return labels
-
-
-def _is_alone(labels: SampleLabels, name: str, members: dict[str, bytes]) -> bool:
-    return name == f"{labels.key:016x}" and len(members) == 1
-
-
-def _is_with_image(labels: SampleLabels, name: str, members: dict[str, bytes]) -> bool:
-    images = members.keys() - {name + LABELS_SUFFIX, name + CLASS_SUFFIX}
-    if (len(images), len(members)) != (1, 3):
-        return False
-    [image] = images
-    return key_digest(image) == labels.key and zlib.crc32(members[image]) == labels.crc32
-
-
-def _samples(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The members of each sample by name, after the sample's name, grouped as WebDataset does it."""
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict") as tar:
-            for name, members in groupby(tar, lambda member: _sample_name(member.name)):
-                yield name, {member.name: _content(file, member) for member in members}
-    except (tarfile.TarError, ValueError) as error:
-        raise FormatError(f"{path}: expected a tar of labels, found: {error}; {REMEDY}") from None
-
-
-def _sample_name(member: str) -> str:
-    """A sample's name ends at the first dot of the base name."""
-    folder, slash, base = member.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
-def _content(file: io.BufferedReader, member: tarfile.TarInfo) -> bytes:
-    room = file.seek(0, 2) - member.offset_data
-    if not member.isreg() or member.issparse() or not 0 <= member.size <= room:
-        raise ValueError(f"a member {member.name!r} that is no whole file")
-    file.seek(member.offset_data)
-    return file.read(member.size)
-
-
-def _tar_member(name: str, data: bytes) -> bytes:
-    """A header with nothing in it but the name and the size, and the data; PAX where a name is long or not ASCII."""
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    return header.tobuf(tarfile.PAX_FORMAT, "utf-8") + data + bytes(-len(data) % TAR_BLOCK)
 
 
 def _decompressed(data: bytes, expected: int) -> bytearray:
@@ -259,12 +184,3 @@ def _content_size(data: bytes) -> int | None:
     start = 5 if single_segment else 6  # otherwise the size of the window stands before
     size = int.from_bytes(data[start : start + width], "little")
     return None if width == 0 else size + 256 * (width == 2)
-
-
-def _open(path: Path) -> io.BufferedReader:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise FormatError(f"{path}: expected a file of a set of shards, found none; {REMEDY}") from None
-    except OSError as error:
-        raise DataError(f"{path}: expected a file that can be read, found: {error.strerror}; check it") from None

@@ -1,7 +1,6 @@
 """The images that stand beside their labels in shards, under their own names, so that the tars can be packed again."""
 
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,20 +11,20 @@ from numpy.typing import NDArray
 from softshard.pipeline.images.beton import Beton
 from softshard.pipeline.images.manifest import match_keys, text_digest
 from softshard.pipeline.images.sources.contract import IMAGE_SUFFIXES
+from softshard.pipeline.images.sources.webdataset import split_member_name
 from softshard.pipeline.runtime.errors import DataError, FormatError, few
 from softshard.pipeline.shards.format import CLASS_SUFFIX
 from softshard.pipeline.store.store import Store
 
-# a name and its suffix as WebDataset takes them: it splits at the first dot of the base name
-IMAGE_NAME = re.compile(r"(?!\./)((?:[^\0\n]*/)?[^./\0\n]+)(\.[^./\0\n]+)")
-
 
 def sample_names(beton: Beton) -> list[str]:
-    """The key of each image without its suffix. Raises DataError for keys that WebDataset would not split there, and
-    for some that differ in their suffix alone."""
+    """The key of each image without its suffix.
+
+    Raises:
+        DataError: For keys that WebDataset would not split there, and for some that differ in their suffix alone.
+    """
     keys = beton.manifest.keys
-    found = [IMAGE_NAME.fullmatch(key) for key in keys]
-    names = [match[1] if match and match[2].lower() in IMAGE_SUFFIXES else "" for match in found]
+    names = [_sample_name(key) for key in keys]
     counts = Counter(names)
     bad = [key for key, name in zip(keys, names, strict=True) if not name or counts[name] > 1]
     if bad:
@@ -37,8 +36,19 @@ def sample_names(beton: Beton) -> list[str]:
     return names
 
 
+def _sample_name(key: str) -> str:
+    """The name of an image's sample; empty where WebDataset has none, or another one."""
+    name, suffix = split_member_name(key)
+    splits = suffix.lower() in IMAGE_SUFFIXES and not name.endswith("/")
+    return name if splits and not key.startswith("./") and not {"\0", "\n"} & set(key) else ""
+
+
 def rows_of(store: Store, beton: Beton) -> NDArray[np.int64]:
-    """The row of the .beton for each row of the store, int64 [N]. Raises DataError unless it has just its images."""
+    """The row of the .beton for each row of the store, int64 [N].
+
+    Raises:
+        DataError: Unless the .beton has just the images of the store.
+    """
     if text_digest(beton.manifest.classes) != store.manifest.class_list_digest:
         raise DataError(f"{beton.path}: expected the class list of {store.name}, found another; give its own .beton")
     rows = match_keys(beton.keys, store.keys)
@@ -54,8 +64,11 @@ def rows_of(store: Store, beton: Beton) -> NDArray[np.int64]:
 
 
 def image_members(beton: Beton, names: list[str], rows: NDArray[np.int64]) -> Iterator[dict[str, bytes]]:
-    """For each of some rows, the image and its class number by their names in a tar. Raises FormatError for damaged
-    images."""
+    """For each of some rows, the image and its class number by their names in a tar.
+
+    Raises:
+        FormatError: For a damaged image.
+    """
     with beton.path.open("rb") as file:
         for row in rows.tolist():
             key, number = beton.manifest.keys[row], str(beton.labels[row]).encode()

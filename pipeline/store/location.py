@@ -3,11 +3,15 @@
 The few things that zarr does not do: whether something is there, making all files of a new store appear together, sizes
 of objects, room on the disk. Credentials and endpoints of buckets come from the variables of their command line tools
 (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...), which obstore reads.
+
+Folders do not go through obstore's LocalStore. It writes each file whole, but cannot make a folder appear at once: a
+writer that is killed would leave a folder that is no store, and two writers would mix their files. It renames a folder,
+too, but does not promise it, and reports one that is in use as one that is not found. What it leaves unfinished
+(NAME#1) it hides from its own lists.
 """
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -17,33 +21,39 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore, from_url
 
 from softshard.pipeline.runtime.errors import DataError, FormatError
-from softshard.pipeline.runtime.files import write_atomically
+from softshard.pipeline.runtime.files import atomic_path, write_atomically
 
 SCHEMES = ("s3://", "gs://")
 ROOT = "zarr.json"  # a store is there when this is
 
 
-class Place(Protocol):
-    """`name` is the path or address as it was given."""
+class Location(Protocol):
+    """Where one store lies. `name` is the path or address as it was given."""
 
     name: str
 
-    def exists(self) -> bool: ...
+    def exists(self) -> bool:
+        """Whether something is there. Raises FormatError for a file, DataError for a bucket that is out of reach."""
+        ...
 
     def create(self, files: Mapping[str, bytes]) -> bool:
-        """Put all files there, so that the store is whole once it is there; False when another was faster."""
+        """Put all files there, so that the store is whole once it is there; False when another process was faster.
+
+        Raises:
+            DataError: When the disk or the bucket refuses.
+        """
         ...
 
     def write_beside(self, suffix: str, data: bytes) -> None:
-        """labels.zarr -> labels<suffix>"""
+        """Write labels<suffix> beside labels.zarr. Raises DataError when the disk or the bucket refuses."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file below a folder, by its path from there."""
+        """Bytes of each file below a folder of the store, by its path from there."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Room for more; None when there is no limit that is known."""
+        """Room for more; None when no limit is known."""
         ...
 
     def sweep(self, before: float) -> None:
@@ -52,6 +62,8 @@ class Place(Protocol):
 
 
 class Folder:
+    """A folder on a disk."""
+
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
 
@@ -63,20 +75,16 @@ class Folder:
         return self.path.exists()
 
     def create(self, files: Mapping[str, bytes]) -> bool:
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         with writing(self.name):
             try:
-                for name, data in files.items():
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    (partial / name).write_bytes(data)
-                try:
-                    partial.rename(self.path)
-                except OSError:  # not empty: another process was faster
-                    if not self.path.is_dir():
-                        raise
-                    return False
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                with atomic_path(self.path) as partial:
+                    for name, data in files.items():
+                        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                        (partial / name).write_bytes(data)
+            except OSError:
+                if not self.path.is_dir():
+                    raise
+                return False  # not empty: another process was faster
         return True
 
     def write_beside(self, suffix: str, data: bytes) -> None:
@@ -100,6 +108,8 @@ class Folder:
 
 
 class Bucket:
+    """A prefix in a bucket."""
+
     def __init__(self, url: str) -> None:
         self.name = url.rstrip("/")
         try:
@@ -139,7 +149,8 @@ class Bucket:
     def sizes(self, folder: str) -> dict[str, int]:
         prefix = f"{folder}/"
         with _reaching(self.name):
-            objects = [meta for batch in obstore.list(self.objects, prefix) for meta in batch]
+            batches = obstore.list(self.objects, prefix)  # pyright: ignore[reportUnknownMemberType]
+            objects = [meta for batch in batches for meta in batch]
         return {str(meta["path"]).removeprefix(prefix): int(meta["size"]) for meta in objects}
 
     def free_bytes(self) -> int | None:
@@ -149,18 +160,25 @@ class Bucket:
         """Nothing: an object appears whole."""
 
 
-def place(location: str | Path) -> Place:
-    """The place of a store. Raises DataError for an address that is none."""
-    name = str(location)
+def locate(address: str | Path) -> Location:
+    """The location of a store.
+
+    Args:
+        address: A path, s3://bucket/path or gs://bucket/path.
+
+    Raises:
+        DataError: For an address of another kind, and one that names no bucket.
+    """
+    name = str(address)
     if name.startswith(SCHEMES):
         return Bucket(name)
     if "://" in name:
         raise DataError(f"{name}: expected a path or an address with {' or '.join(SCHEMES)}, found another; check it")
-    return Folder(Path(location))
+    return Folder(Path(address))
 
 
 @contextmanager
-def writing(where: str) -> Iterator[None]:
+def writing(where: str) -> Generator[None]:
     """What the disk or the bucket reports, as this project's error."""
     try:
         yield
@@ -172,14 +190,13 @@ def writing(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reaching(where: str) -> Iterator[None]:
+def _reaching(where: str) -> Generator[None]:
     try:
         yield
     except BaseError as error:
-        raise DataError(
-            f"{where}: expected to reach it, found: {first_line(error)}; check the address and the credentials"
-        ) from error
+        raise DataError(f"cannot reach {where}: {first_line(error)}; check the address and the credentials") from error
 
 
 def first_line(error: Exception) -> str:
+    """What an error of obstore says, without its debug output."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

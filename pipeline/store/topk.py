@@ -8,7 +8,7 @@ tail template, one for each image, says it for all of its views: the mean log-pr
 them, in steps of 1/2 nat.
 
 Sources: storing the top k of a teacher once for all epochs is FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.10666);
-the temperature is Hinton et al. (arXiv 1503.02531). The byte layout is described in FORMAT.md.
+the temperature is Hinton et al. (arXiv 1503.02531). The byte layout is described in docs/format.md.
 """
 
 import math
@@ -34,9 +34,10 @@ UINT16_CLASSES = 65534  # uint16 indices need one value that is no class, for th
 class Codes:
     """Encoded soft labels of any number of rows; k is the last axis of `index`.
 
-    index: uint16 [..., k] (uint32 above 65534 classes), most probable first
-    gap:   uint8 [..., k - 1], steps of 1/16 nat between neighbors, saturating at 255
-    tail:  uint8 [...], round(16 * (log tail mass - lp_1)) + 176, saturating; 0 when k is the number of classes
+    Attributes:
+        index: uint16 [..., k] (uint32 above 65534 classes), most probable first.
+        gap: uint8 [..., k - 1], steps of 1/16 nat between neighbors, saturating at 255.
+        tail: uint8 [...], round(16 * (log tail mass - lp_1)) + 176, saturating; 0 when k is the number of classes.
     """
 
     index: NDArray[Any]
@@ -54,18 +55,20 @@ class Codes:
         return Codes(*(np.take(array, rows, axis=0) for array in (self.index, self.gap, self.tail)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """index as int64, gap and tail, as `decode` takes them."""
-        return torch.from_numpy(self.index.astype(np.int64)), torch.from_numpy(self.gap), torch.from_numpy(self.tail)
+        """The index as int64, gap and tail, as `decode` takes them."""
+        return _tensor(self.index.astype(np.int64)), _tensor(self.gap), _tensor(self.tail)
 
     def top(self, k: int, classes: int) -> "Codes":
-        """The codes of the k most probable classes alone, of `classes`: the mass of the others goes to the tail, which
-        is rounded once more."""
+        """The codes of the k most probable classes alone, of `classes`.
+
+        The mass of the others goes to the tail, which is rounded once more.
+        """
         kept = self.index.shape[-1]
         assert 1 <= k <= kept, f"k = {k} of {kept}"
         if k == kept:
             return self
         ratio = np.cumsum(self.gap, axis=-1, dtype=np.int64)[..., k - 1 :] / -STEPS_PER_NAT
-        mass = np.exp(ratio).sum(axis=-1)
+        mass: NDArray[np.float64] = np.exp(ratio).sum(axis=-1)
         if kept < classes:
             mass += np.exp((self.tail.astype(np.float64) - TAIL_OFFSET) / STEPS_PER_NAT)
         with np.errstate(divide="ignore"):  # all of them underflowed
@@ -83,8 +86,14 @@ class Codes:
 
 
 class Encoded(NamedTuple):
-    """Codes while they are still on the teacher's device, where nothing waits for them: index int64 [B, k], gap uint8
-    [B, k - 1], tail uint8 [B], and bool [B] `valid`: whether the row's logits were a distribution."""
+    """Codes while they are still on the teacher's device, where nothing waits for them.
+
+    Attributes:
+        index: int64 [B, k].
+        gap: uint8 [B, k - 1].
+        tail: uint8 [B].
+        valid: bool [B], whether the row's logits were a distribution.
+    """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     gap: Tensor
@@ -95,11 +104,12 @@ class Encoded(NamedTuple):
 class SoftLabels(NamedTuple):
     """Soft labels at one temperature; `probability` and `tail` of a row sum to one.
 
-    index:       int64 [B, k], classes
-    probability: float32 [B, k]
-    tail:        float32 [B], mass of the other C - k classes together; exactly 0 when k = C
-    tail_distribution: float32 [B, C], how the tail mass lies on the classes (0 for the top k); None: on all C - k
-        alike
+    Attributes:
+        index: int64 [B, k], classes.
+        probability: float32 [B, k].
+        tail: float32 [B], the mass of the other C - k classes together; exactly 0 when k = C.
+        tail_distribution: float32 [B, C], how the tail mass lies on the classes (0 for the top k); None: on all C - k
+            alike.
     """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -116,9 +126,15 @@ def index_dtype(classes: int) -> np.dtype[Any]:
 def encode(logits: Tensor, k: int) -> Codes:
     """Encode the k most probable classes of each row and the mass of the rest.
 
-    logits: float [B, C], 1 <= k <= C, on any device; halves are computed in float32, doubles stay doubles. Equal
-    logits are ranked by class, lower first, so the codes are a function of the logits. A logit of -inf is a class
-    that cannot be. Raises DataError for rows that are no distribution (NaN, +inf, nothing but -inf).
+    Equal logits are ranked by class, lower first, so the codes are a function of the logits.
+
+    Args:
+        logits: Float [B, C] on any device; halves are computed in float32, doubles stay doubles. -inf is the logit of
+            a class that cannot be.
+        k: Classes to keep, 1 <= k <= C.
+
+    Raises:
+        DataError: For rows that are no distribution (NaN, +inf, nothing but -inf).
     """
     encoded = encode_on_device(logits, k)
     bad = len(logits) - int(encoded.valid.sum())
@@ -146,10 +162,14 @@ def to_codes(encoded: Encoded, classes: int) -> Codes:
 
 
 def encode_template(logits: Tensor) -> Tensor:
-    """The tail template of each image: uint8 [B, C] from the logits of some of its views, float [B, T, C].
+    """The tail template of each image.
 
-    round(2 * (max - mean)) with the mean log-probability of each class over the views, saturating at 255: steps of
-    1/2 nat below the most probable class. Raises nothing: rows that are no distribution are for `encode` to report.
+    Args:
+        logits: Float [B, T, C], of T of its views. Rows that are no distribution are for `encode` to report.
+
+    Returns:
+        uint8 [B, C]: round(2 * (max - mean)) with the mean log-probability of each class over the views, saturating at
+        255; steps of 1/2 nat below the most probable class.
     """
     mean = torch.log_softmax(_precise(logits), dim=2).mean(dim=1)
     steps = torch.round(TEMPLATE_STEPS_PER_NAT * (mean.amax(dim=1, keepdim=True) - mean))
@@ -161,10 +181,16 @@ def decode(
 ) -> SoftLabels:
     """Soft labels of encoded rows at a temperature, on the tensors' own device.
 
-    index [B, k] of any integer dtype, gap uint8 [B, k - 1], tail uint8 [B]; `classes` is C; template uint8 [B, C] of
-    the rows' images. How the tail's mass lies on its classes decides how it grows with the temperature: along the
-    template, or on all C - k classes alike without one. Indices are taken as they are: a store checks their range when
-    it reads them.
+    How the tail's mass lies on its classes decides how it grows with the temperature: along the template, or on all
+    C - k classes alike without one. Indices are taken as they are: a store checks their range when it reads them.
+
+    Args:
+        index: [B, k], of any integer dtype.
+        gap: uint8 [B, k - 1].
+        tail: uint8 [B].
+        classes: C.
+        temperature: Divides the logits.
+        template: uint8 [B, C], of the rows' images.
     """
     index, k = index.long(), index.shape[1]
     # differences were taken after rounding, so the sums are exact multiples of 1/16 and errors do not add up
@@ -173,7 +199,7 @@ def decode(
     if k == classes:
         return SoftLabels(index, torch.softmax(ratio, dim=1), ratio.new_zeros(len(ratio)))
     log_mass = (tail.to(torch.float32) - TAIL_OFFSET) / STEPS_PER_NAT
-    share = None
+    tail_distribution = None
     if template is None:
         log_others = math.log(classes - k)
         tail_ratio = log_others + (log_mass - log_others) / temperature
@@ -181,10 +207,10 @@ def decode(
         shape = (template.to(torch.float32) / -TEMPLATE_STEPS_PER_NAT).scatter_(1, index, -torch.inf)
         cooled = shape / temperature
         log_others = torch.logsumexp(cooled, dim=1)
-        share = torch.exp(cooled - log_others[:, None])
+        tail_distribution = torch.exp(cooled - log_others[:, None])
         tail_ratio = log_others + (log_mass - torch.logsumexp(shape, dim=1)) / temperature
     probability = torch.softmax(torch.cat([ratio, tail_ratio[:, None]], dim=1), dim=1)
-    return SoftLabels(index, probability[:, :k], probability[:, k], share)
+    return SoftLabels(index, probability[:, :k], probability[:, k], tail_distribution)
 
 
 def decode_on(
@@ -197,11 +223,15 @@ def decode_on(
     """As `decode`, of codes in memory, on a device: only codes are copied there, and nothing waits for it."""
     parts = [*codes.tensors()]
     if template is not None:
-        parts.append(torch.from_numpy(template))
+        parts.append(_tensor(template))
     if device.type == "cuda":
         parts = [part.pin_memory() for part in parts]  # else the copy is not one that nobody waits for
     index, gap, tail, *shape = (part.to(device, non_blocking=True) for part in parts)
     return decode(index, gap, tail, classes, temperature, *shape)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _precise(logits: Tensor) -> Tensor:

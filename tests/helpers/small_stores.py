@@ -74,10 +74,11 @@ def create(path: Path | str, manifest: StoreManifest) -> Store:
     return create_store(path, manifest, keys, rng.integers(0, 2**32, manifest.samples, np.uint32))
 
 
-def fill(store: Store, places: list[tuple[int, int]] | None = None) -> None:
-    for view, block in missing(store) if places is None else places:
+def fill(store: Store, blocks: list[tuple[int, int]] | None = None) -> None:
+    """Label blocks, each a view and a number; None: all that are missing, and the templates."""
+    for view, block in missing(store) if blocks is None else blocks:
         store.write_block(view, block, make_codes(store.manifest, view)[store.rows(block)])
-    for block in range(store.blocks) if store.manifest.template and places is None else ():
+    for block in range(store.blocks) if store.manifest.template and blocks is None else ():
         store.write_template(block, make_template(store.manifest)[store.rows(block)])
 
 

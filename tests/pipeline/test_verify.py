@@ -160,8 +160,8 @@ def test_every_damaged_block_has_a_line(store: Store, capsys: pytest.CaptureFixt
     flip(chunk(store, "topk_gap", 1, 2, 0), 20)
     assert main(["verify", str(Path(store.name))]) == 1
     *problems, last = capsys.readouterr().out.splitlines()
-    places = [problem.partition(": expected ")[0].removeprefix(f"{Path(store.name)}: ") for problem in problems]
-    assert [place[: len("view 0, block 1")] for place in places] == [
+    found = [problem.partition(": expected ")[0].removeprefix(f"{Path(store.name)}: ") for problem in problems]
+    assert [where[: len("view 0, block 1")] for where in found] == [
         "view 0, block 1",
         "view 1, block 0",
         "view 1, block 2",

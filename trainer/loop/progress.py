@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
+from softshard.pipeline.runtime.documents import flatten
 from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.recipe import TrainRecipe
@@ -132,12 +133,7 @@ def _words(figures: dict[str, float]) -> list[str]:
     return words
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Nested sections as `section.key`, with values that every tracker takes."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+    leaves = flatten(values).items()
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in leaves}

@@ -1,6 +1,5 @@
 """Build the plain student: a stock timm or torchvision classifier."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import timm
 import torchvision.models
 from torch import nn
 
-from softshard.pipeline.runtime.errors import RecipeError
+from softshard.pipeline.runtime.errors import RecipeError, near
 from softshard.trainer.students.weights import load_plain_weights, read_weights
 
 Library = Literal["timm", "torchvision"]
@@ -102,10 +101,11 @@ def _with_weights(model: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _unknown(library: str, model: str, names: Sequence[str]) -> RecipeError:
-    matches = difflib.get_close_matches(model, names)
-    near = f" (near: {', '.join(matches)})" if matches else ""
+    hint = near(model, names)
     listing = {"timm": "timm.list_models()", "torchvision": "torchvision.models.list_models()"}[library]
-    return RecipeError(f"student.model: no {library} model is called {model!r}{near}; {listing} lists them")
+    return RecipeError(
+        f"student.model: no {library} model is called {model!r}{f' ({hint})' if hint else ''}; {listing} lists them"
+    )
 
 
 _BUILDERS: dict[str, Callable[[str, int, bool], nn.Module]] = {

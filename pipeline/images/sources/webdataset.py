@@ -18,8 +18,6 @@ from softshard.pipeline.runtime.errors import DataError, FormatError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 TAR_BLOCK = 512
-# WebDataset's rule: the key ends at the first dot of the base name; hidden files are no samples
-MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 
 
 class TarImage(NamedTuple):
@@ -34,6 +32,18 @@ class TarImage(NamedTuple):
     def read(self) -> bytes:
         with self.shard.open("rb") as file:
             return os.pread(file.fileno(), self.size, self.offset)
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """The name of a member's sample, and its suffix: WebDataset splits at the first dot of the last part.
+
+    Returns:
+        ("a.b/one", ".seg.png") for "a.b/one.seg.png"; an empty suffix where there is no dot, a last part of the name
+        that is empty for a hidden file.
+    """
+    folder, slash, last = name.rpartition("/")
+    sample, dot, suffix = last.partition(".")
+    return f"{folder}{slash}{sample}", f"{dot}{suffix}"
 
 
 def webdataset(shards: list[Path], names: list[str] | None) -> Source:
@@ -70,15 +80,21 @@ def tar_images(shard: Path, suffixes: set[str]) -> list[TarImage]:
     with shard.open("rb") as file:
         for member in _members(shard, file):
             member.name = member.name.removeprefix("./")
-            found = MEMBER.fullmatch(member.name)
-            if not found or not member.isreg() or member.issparse():
+            name, suffix = split_member_name(member.name)
+            if not suffix or not _names_a_sample(name) or not member.isreg() or member.issparse():
                 continue
-            images, labels = samples.setdefault(found[1], ([], []))
-            if found[2].lower() == "cls":
+            images, labels = samples.setdefault(name, ([], []))
+            if suffix.lower() == ".cls":
                 labels.append(member)
-            elif f".{found[2].lower()}" in suffixes:
+            elif suffix.lower() in suffixes:
                 images.append(member)
         return [_image(shard, file, key, *parts) for key, parts in samples.items()]
+
+
+def _names_a_sample(name: str) -> bool:
+    """Hidden files are no samples, nor are files in folders whose names have more than one line."""
+    folder, _, last = name.rpartition("/")
+    return bool(last) and "\n" not in folder
 
 
 def _image(

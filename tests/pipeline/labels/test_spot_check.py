@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from softshard.pipeline.__main__ import main
 from softshard.pipeline.labels.label import label
 from softshard.pipeline.labels.spot_check import codes_differences, spot_check
-from softshard.pipeline.store.store import block_digest, open_store, template_digest
+from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import Codes, encode
+from softshard.pipeline.store.unit import block_digest, template_digest
 
 TEMPLATE = ("template", "{views: 2}")
 

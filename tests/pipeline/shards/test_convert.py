@@ -19,11 +19,13 @@ from softshard.pipeline.__main__ import main
 from softshard.pipeline.images.beton import Beton
 from softshard.pipeline.images.manifest import StoreManifest, key_digest, text_digest
 from softshard.pipeline.runtime.errors import DataError, FormatError
-from softshard.pipeline.shards import convert as convert_module
-from softshard.pipeline.shards.convert import convert, describe_shards, verify_shards
+from softshard.pipeline.shards import writer
+from softshard.pipeline.shards.convert import convert
 from softshard.pipeline.shards.format import decode_sample, open_shards, write_manifest
+from softshard.pipeline.show import describe
 from softshard.pipeline.store.store import Store, create_store, open_store
 from softshard.pipeline.store.topk import decode
+from softshard.pipeline.verify import verify
 from softshard.trainer.losses import topk_kl
 
 
@@ -105,7 +107,7 @@ def test_the_way_back_gives_the_same_files(tmp_path: Path, shape: dict, shard_sa
     assert text.startswith(f"{tmp_path}/a.zarr -> {tmp_path}/shards: {manifest.samples} samples in {count} shards, ")
     assert text.endswith(" bytes a view")
     assert [Path(tar).name for tar in tars(tmp_path / "shards")] == [f"labels-{n:06}.tar" for n in range(count)]
-    assert verify_shards(tmp_path / "shards") == []
+    assert verify(tmp_path / "shards").problems == []
     assert "views of" in convert(str(tmp_path / "shards"), str(tmp_path / "b.zarr"), None, 1)
     assert files_of(tmp_path / "b.zarr") == files_of(tmp_path / "a.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "b.zarr", "shards"]
@@ -123,7 +125,7 @@ def test_a_store_that_grew_comes_back(tmp_path: Path) -> None:
 
 def test_shards_with_images_come_back(with_images: tuple[Path, Store], tmp_path: Path) -> None:
     folder, store = with_images
-    assert verify_shards(folder) == []
+    assert verify(folder).problems == []
     convert(str(folder), str(tmp_path / "b.zarr"), None, 1)
     assert files_of(tmp_path / "b.zarr") == files_of(Path(store.name))
 
@@ -135,13 +137,13 @@ def test_the_same_labels_give_the_same_bytes(source: Path, whole: Path, tmp_path
 
 
 def test_what_there_is_to_show(whole: Path, with_images: tuple[Path, Store]) -> None:
-    document = describe_shards(whole)
+    document = describe(str(whole))
     size = sum(Path(tar).stat().st_size for tar in tars(whole))
     assert (document["kind"], document["images"], document["bytes"]) == ("shards", False, size)
     assert [shard["samples"] for shard in document["shards"]] == [3, 3, 3, 1]
     assert document["manifest"]["samples"] == 10
     assert json.loads(json.dumps(document)) == document
-    assert describe_shards(with_images[0])["images"] is True
+    assert describe(str(with_images[0]))["images"] is True
 
 
 def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,20 +231,20 @@ def test_no_damage_passes_in_silence(
     for number in range(50):
         path = files[number % len(files)]
         damage(rng, path)
-        [problem] = verify_shards(folder)
+        [problem] = verify(folder).problems
         assert problem.startswith(f"{path}: expected ")
         with pytest.raises(FormatError) as caught:
             convert(str(folder), str(tmp_path / "back.zarr"), None, 1)
         assert str(caught.value) == problem
         assert not (tmp_path / "back.zarr").exists()
         shutil.copy(original / path.name, path)
-    assert verify_shards(folder) == []
+    assert verify(folder).problems == []
 
 
 def test_every_damaged_tar_has_a_line(shards_of_labels: Path) -> None:
     (shards_of_labels / "labels-000001.tar").unlink()
     edit(shards_of_labels / "labels-000003.tar", 700, b"?")
-    first, second = verify_shards(shards_of_labels)
+    first, second = verify(shards_of_labels).problems
     assert first.startswith(f"{shards_of_labels}/labels-000001.tar: expected a file of a set of shards, found none")
     assert second.startswith(f"{shards_of_labels}/labels-000003.tar: expected a file with digest ")
 
@@ -252,7 +254,7 @@ def test_tars_that_changed_places_are_noticed(shards_of_labels: Path) -> None:
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
-    assert len(verify_shards(shards_of_labels)) == 2
+    assert len(verify(shards_of_labels).problems) == 2
 
 
 def test_a_key_twice_is_noticed(shards_of_labels: Path, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_key_twice_is_noticed(shards_of_labels: Path, tmp_path: Path) -> None:
     shutil.copy(shards_of_labels / first.name, shards_of_labels / second.name)
     shards = (first, second.model_copy(update={"digest": first.digest}), *rest)
     write_manifest(shards_of_labels, manifest.model_copy(update={"shards": shards}))
-    [problem] = verify_shards(shards_of_labels)
+    [problem] = verify(shards_of_labels).problems
     assert problem.startswith(f"{shards_of_labels}: expected a different key for each sample, found ")
     with pytest.raises(FormatError, match="more than once"):
         convert(str(shards_of_labels), str(tmp_path / "back.zarr"), None, 1)
@@ -329,7 +331,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
         path.write_bytes(b"".join(next(iter(samples)).values()))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module, "write_shard", refuse)
+    monkeypatch.setattr(writer, "write_shard", refuse)
     with pytest.raises(DataError, match="expected to write shards, found: No space left on device; make room"):
         convert(str(source), str(tmp_path / "a" / "shards"), None, 3)
     assert list((tmp_path / "a").iterdir()) == []

@@ -27,10 +27,10 @@ from softshard.pipeline.shards.format import (
     encode_sample,
     is_shards,
     open_shards,
-    read_shard,
     write_manifest,
-    write_shard,
 )
+from softshard.pipeline.shards.reader import read_shard
+from softshard.pipeline.shards.writer import write_shard
 from softshard.pipeline.store.topk import Codes
 
 

@@ -9,7 +9,8 @@ import torch
 import xarray
 import zarr
 
-from softshard.pipeline.shards.format import open_shards, read_shard
+from softshard.pipeline.shards.format import open_shards
+from softshard.pipeline.shards.reader import read_shard
 from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import decode
 from softshard.pipeline.verify import verify

@@ -34,8 +34,9 @@ from hypothesis import strategies as st
 
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.runtime.errors import DataError, FormatError
-from softshard.pipeline.store.store import block_digest, open_store
+from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import Codes
+from softshard.pipeline.store.unit import block_digest
 
 FORMAT_PAGE = ROOT / "docs/format.md"
 
@@ -69,10 +70,10 @@ def test_what_is_written_is_read_back(manifest: StoreManifest, order: random.Ran
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "labels.zarr"
         store = create(path, manifest)
-        places = missing(store)
-        assert places == [(v, b) for v in range(manifest.views.count) for b in range(store.blocks)]
-        order.shuffle(places)
-        fill(store, places)
+        blocks = missing(store)
+        assert blocks == [(v, b) for v in range(manifest.views.count) for b in range(store.blocks)]
+        order.shuffle(blocks)
+        fill(store, blocks)
         again = open_store(path)
         assert again.manifest == manifest
         np.testing.assert_array_equal(again.keys, store.keys, strict=True)
@@ -118,16 +119,16 @@ def test_views_and_blocks_outside_the_store_are_refused(path: Path) -> None:
 
 def test_any_order_gives_the_same_bytes(tmp_path: Path) -> None:
     manifest = make_manifest(samples=45_000, classes=1000, k=10, block_rows=20_000)  # blosc splits these chunks
-    places = [(view, block) for view in range(2) for block in range(3)]
-    for name, order in (("a", places), ("b", places[::-1]), ("c", places + places[2:4])):
+    blocks = [(view, block) for view in range(2) for block in range(3)]
+    for name, order in (("a", blocks), ("b", blocks[::-1]), ("c", blocks + blocks[2:4])):
         fill(create(tmp_path / name, manifest), order)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c")
 
 
 def test_threads_write_different_blocks_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "labels.zarr"
-    places = missing(create(path, make_manifest(samples=64, views=4)))
-    threads = [threading.Thread(target=fill, args=(open_store(path), places[rank::4])) for rank in range(4)]
+    blocks = missing(create(path, make_manifest(samples=64, views=4)))
+    threads = [threading.Thread(target=fill, args=(open_store(path), blocks[rank::4])) for rank in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -142,16 +143,16 @@ def test_processes_write_different_blocks_at_a_time(tmp_path: Path) -> None:
     code = (
         f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         f"from helpers import small_stores; store = small_stores.open_store(pathlib.Path({str(path)!r}))\n"
-        "places = small_stores.missing(store)[1::2]; print('ready', flush=True); sys.stdin.readline()\n"
-        "small_stores.fill(store, places)"
+        "blocks = small_stores.missing(store)[1::2]; print('ready', flush=True); sys.stdin.readline()\n"
+        "small_stores.fill(store, blocks)"
     )
-    places = missing(store)
+    blocks = missing(store)
     with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdin is not None
         assert other.stdout.readline() == "ready\n"
         print(file=other.stdin, flush=True)
-        fill(store, places[::2])
+        fill(store, blocks[::2])
     assert other.returncode == 0
     fill(create(tmp_path / "alone.zarr", make_manifest(samples=64, views=4)))
     assert files_of(path) == files_of(tmp_path / "alone.zarr")

@@ -29,8 +29,9 @@ from helpers.small_stores import (
 from softshard.pipeline.images.manifest import document_digest
 from softshard.pipeline.runtime.errors import DataError, FormatError
 from softshard.pipeline.store.location import Folder
-from softshard.pipeline.store.store import block_digest, create_store, open_store
+from softshard.pipeline.store.store import create_store, open_store
 from softshard.pipeline.store.topk import Codes
+from softshard.pipeline.store.unit import block_digest
 
 
 @pytest.fixture
@@ -63,12 +64,12 @@ def test_a_flipped_or_lost_byte_anywhere_is_caught(tmp_path: Path) -> None:
     for file in files:
         name, _, *position = file.relative_to(path).parts
         good = file.read_bytes()
-        place = f"{path}/{name}" if name in ("key", "crc32") else f"view {position[0]}, block {position[1]}: {name}"
+        where = name if name in ("key", "crc32") else f"view {position[0]}, block {position[1]}: {name}"
         for bad in damaged_bytes(good):
             file.write_bytes(bad)
             with pytest.raises(FormatError) as caught:
                 read_all(path)
-            assert place.replace(f"{path}/", "") in str(caught.value)
+            assert where in str(caught.value)
             assert str(path) in str(caught.value)
             assert "label again" in str(caught.value)
         file.write_bytes(good)
@@ -105,8 +106,8 @@ def test_a_chunk_of_another_block_is_caught(path: Path, array: str, other: tuple
         read_all(path)
 
 
-def test_a_whole_block_in_another_place_is_caught(path: Path) -> None:
-    """Its codes agree with its digest; only the place is wrong."""
+def test_a_whole_block_at_another_position_is_caught(path: Path) -> None:
+    """Its codes agree with its digest; only the position is wrong."""
     for array in (*CODE_ARRAYS, "block_digest"):
         source, target = (path / array / "c" / str(view) / "1" for view in (0, 1))
         shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, target)

@@ -12,9 +12,11 @@ import pytest
 from helpers.small_sources import JPEG, pack_from, sample, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
 
 from softshard.pipeline.images.sources import open_source
 from softshard.pipeline.images.sources.contract import Source
+from softshard.pipeline.images.sources.webdataset import split_member_name
 from softshard.pipeline.recipes.recipe import SourceRecipe
 from softshard.pipeline.runtime.errors import DataError, FormatError
 
@@ -39,6 +41,23 @@ def test_webdataset_groups_members_as_its_library_does(tmp_path: Path) -> None:
     assert found == [("a.b/one.JPEG", 3, JPEG), ("two.png", 0, b"\x89PNG")]
     assert source.classes == ["0", "1", "2", "3"]
     assert (source.total, source.largest) == (len(JPEG) + 4, len(JPEG))
+
+
+@given(st.text("a./J g", max_size=9))
+@settings(max_examples=500, deadline=None)
+def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
+    sample, suffix = split_member_name(name)
+    assert sample + suffix == name
+    if not suffix:
+        assert base_plus_ext(name) == (None, None)
+    elif sample and not sample.endswith("/"):  # not hidden
+        assert base_plus_ext(name) == (sample, suffix.removeprefix("."))
+
+
+def test_hidden_files_and_folders_of_several_lines_are_no_samples(tmp_path: Path) -> None:
+    samples = [f"{name}.{suffix}" for name in ("a\nb/one", "b/", "", "two", "c/th\nree") for suffix in ("jpg", "cls")]
+    source = open_tar(write_tar(tmp_path / "f.tar", [(name, b"0") for name in samples], format=tarfile.PAX_FORMAT))
+    assert source.keys == ["two.jpg", "c/th\nree.jpg"]
 
 
 @given(
