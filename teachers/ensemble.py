@@ -11,17 +11,15 @@ from softshard.teachers.teacher import Teacher, TeacherError
 
 
 class Ensemble(nn.Module):
-    """The weighted mean of frozen teachers, as Hinton et al. distil an ensemble (arXiv 1503.02531, section 2): their
-    arithmetic mean ("probabilities"), or the mean of their logits, which is the geometric one ("logits").
+    """The weighted mean of frozen teachers, as Hinton et al. distill an ensemble (arXiv 1503.02531, section 2).
 
-    With `flip` each teacher also sees the mirrored view, and its share is halved between the two. Only the weights'
-    ratios matter. `sizes` are the distinct input sizes, ascending.
+    `mean` is the arithmetic mean of their probabilities, or the mean of their logits, which is the geometric one. With
+    `flip` each teacher also sees the mirrored view, and its weight is halved between the two. Only the weights' ratios
+    matter. `sizes` are the distinct input sizes, ascending.
 
-    forward: {size: uint8 [B, 3, size, size]} for each of `sizes` -> float32 [B, classes]: mean logits, or the log of
-    the mean probabilities. One teacher without flip gives its own logits, bit for bit. What is not finite in the logits
-    of one teacher is not finite in the result.
-
-    Raises TeacherError: no teachers, class counts that differ, a weight for each that is not finite and positive.
+    Raises:
+        TeacherError: no teachers, class counts that differ, or weights that are not one for each teacher, finite and
+            positive.
     """
 
     weights: Tensor
@@ -44,6 +42,15 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", torch.tensor(fractions).view(-1, 1, 1))
 
     def forward(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Average the teachers' answers to one batch of views.
+
+        Args:
+            images: uint8 [B, 3, size, size] for each of `sizes`.
+
+        Returns:
+            float32 [B, classes]: mean logits, or the log of the mean probabilities. One teacher without flip gives its
+            own logits, bit for bit. What is not finite in the logits of one teacher is not finite in the result.
+        """
         logits = torch.stack(list(self._logits(images)))  # [teachers x views, B, classes]
         if len(logits) == 1:
             return logits[0]

@@ -1,4 +1,6 @@
 """Teachers from timm's registry, its hub, or a folder that timm exported."""
+# timm has no annotations.
+# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from softshard.teachers.weights import load_weights, read_weights, wrong_weights
 
 
 def load_timm(model: str, checkpoint: str | None, size: int | None, classes: int) -> Teacher:
-    """See load_teacher. Everything but `size` is as the model's pretrained_cfg says."""
+    """Load a teacher as load_teacher does; everything but `size` is as the model's pretrained_cfg says."""
     _check_name(model)
     options: dict[str, Any] = {"num_classes": classes} if checkpoint else {}
     options |= _input_size(model, size)
@@ -54,7 +56,7 @@ def _is_known(model: str) -> bool:
     return timm.is_model(model)
 
 
-def _input_size(model: str, size: int | None) -> dict:
+def _input_size(model: str, size: int | None) -> dict[str, Any]:
     """Transformers are built for one input size; convolutional networks do not take the argument."""
     settings = timm.get_pretrained_cfg(model, allow_unregistered=True)
     fixed = settings is not None and settings.fixed_input_size and settings.input_size[-1] != size
@@ -62,8 +64,11 @@ def _input_size(model: str, size: int | None) -> dict:
 
 
 def _fit(network: nn.Module, weights: dict[str, Tensor], checkpoint: str) -> dict[str, Tensor]:
-    """Weights of another layout pass through timm's filter for the architecture, which resamples position embeddings
-    to the network's input size. timm itself applies it only to published weights, so it is looked up by its name."""
+    """Pass weights of another layout through timm's filter for the architecture.
+
+    It resamples position embeddings to the network's input size. timm itself applies it only to published weights, so
+    it is looked up by its name.
+    """
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     filter_weights = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if filter_weights is None or shapes == {name: tensor.shape for name, tensor in weights.items()}:

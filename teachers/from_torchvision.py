@@ -1,4 +1,5 @@
 """Teachers from torchvision's classification models."""
+# pyright: reportMissingTypeStubs=false
 
 import pickle
 import re
@@ -20,12 +21,13 @@ _OLD_DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 def load_torchvision(model: str, checkpoint: str | None, size: int | None, classes: int) -> Teacher:
-    """See load_teacher. Mean, std and interpolation are those of the model's default weights."""
+    """Load a teacher as load_teacher does; mean, std and interpolation are those of the model's default weights."""
     names = models.list_models(module=models)  # detection, segmentation and video live in submodules
     if model not in names:
         listing = "torchvision.models.list_models(module=torchvision.models)"
         raise unknown_name(model, "a torchvision classification model", names, listing)
-    published = models.get_model_weights(model).DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
+    enumeration: Any = models.get_model_weights(model)  # pyright: ignore[reportUnknownMemberType]
+    published = enumeration.DEFAULT
     transforms = published.transforms()
     size = size or int(transforms.crop_size[0])
     classes = classes if checkpoint else len(published.meta["categories"])

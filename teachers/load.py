@@ -12,15 +12,21 @@ LOADERS = {"timm": load_timm, "torchvision": load_torchvision}
 def load_teacher(
     model: str, library: Literal["timm", "torchvision"], checkpoint: str | None, size: int | None, classes: int
 ) -> Teacher:
-    """A classifier by its name in `library` (`local-dir:PATH` for a folder that timm exported), with the published
-    weights, or with those of a local .safetensors or .pth file (read without unpickling code).
+    """Load a frozen classifier by its name.
 
-    `size` is that of the input in pixels; None takes the one that the published weights were trained for. Position
-    embeddings of another size are resampled as the library does it. Mean, standard deviation and interpolation are
-    those of the published weights.
+    Mean, standard deviation and interpolation are those of the published weights.
 
-    Raises TeacherError: unknown name, weights that are missing, unreadable, out of reach or of another model, another
-    class count, an input size that the model cannot have.
+    Args:
+        model: its name in `library`, or `local-dir:PATH` for a folder that timm exported.
+        library: whose registry the name belongs to.
+        checkpoint: a local .safetensors or .pth file, read without unpickling code; None takes the published weights.
+        size: of the input, in pixels; None takes the one that the published weights were trained for. Position
+            embeddings of another size are resampled as the library does it.
+        classes: how many logits the teacher must give.
+
+    Raises:
+        TeacherError: unknown name; weights that are missing, unreadable, out of reach or of another model; another
+            class count; an input size that the model cannot have.
     """
     teacher = LOADERS[library](model, checkpoint, size, classes)
     if teacher.classes != classes:

@@ -23,11 +23,7 @@ class Preprocessing(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """Frozen, and always in eval mode. forward: uint8 [B, 3, size, size] -> logits float32 [B, classes].
-
-    Raises TeacherError in forward when the model has another input size, or gives anything but floating-point
-    [B, classes].
-    """
+    """A classifier with its preprocessing: frozen, and always in eval mode."""
 
     mean: Tensor
     std: Tensor
@@ -42,10 +38,21 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode whatever `mode` is: labels must not depend on dropout or on the rest of the batch."""
+        """Stay in eval mode whatever `mode` is: labels must not depend on dropout or on the rest of the batch."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Normalize a batch of views and classify it.
+
+        Args:
+            images: uint8 [B, 3, size, size].
+
+        Returns:
+            logits, float32 [B, classes].
+
+        Raises:
+            TeacherError: the model has another input size, or gives anything but floating-point [B, classes].
+        """
         try:
             logits = self.model((images.to(self.mean.dtype) - self.mean) / self.std)
         except AssertionError as error:  # timm's, about the input size
@@ -62,7 +69,7 @@ class Teacher(nn.Module):
         return logits.float()
 
     def weights_digest(self) -> str:
-        """BLAKE2b over names, dtypes, shapes and bytes of the state dict."""
+        """Return BLAKE2b (16 bytes, in hexadecimal) over names, dtypes, shapes and bytes of the state dict."""
         state = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.model.state_dict().items()):
             state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -71,7 +78,7 @@ class Teacher(nn.Module):
 
 
 def unknown_name(model: str, expected: str, names: Iterable[str], listing: str) -> TeacherError:
-    """For a name that is not among `names`: an error with the nearest of them. `listing` is the call that lists all."""
+    """Make the error for a name not among `names`: it tells the nearest, or `listing`, the call that lists all."""
     near = difflib.get_close_matches(model, list(names), n=3)
     hint = f"near: {', '.join(near)}" if near else f"{listing} lists them"
     return TeacherError(f"teacher: expected {expected}, found {model!r}; {hint}")

@@ -10,10 +10,12 @@ from softshard.teachers.teacher import TeacherError
 
 
 def read_weights(checkpoint: str) -> dict[str, Tensor]:
-    """The state dict of a .safetensors file, or of a .pth file: there of its EMA, `state_dict` or `model` entry, if it
-    has one, as timm reads it.
+    """Read the state dict of a .safetensors or .pth file.
 
-    Raises TeacherError: no such file, pickled code, a broken file, something other than tensors.
+    Of a .pth file it is the EMA, `state_dict` or `model` entry, if there is one, as timm reads it.
+
+    Raises:
+        TeacherError: no such file, pickled code, a broken file, something other than tensors.
     """
     if not Path(checkpoint).is_file():
         raise TeacherError(f"{checkpoint}: expected teacher weights, found no file; check `checkpoint`")
@@ -35,7 +37,11 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises TeacherError when a tensor is missing, left over or of another shape."""
+    """Put all of `weights` into the network; `where` names their source in errors.
+
+    Raises:
+        TeacherError: a tensor is missing, left over or of another shape.
+    """
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -43,6 +49,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: str) 
 
 
 def wrong_weights(where: str, error: Exception) -> TeacherError:
+    """Make the error for weights that do not fit their network."""
     reason = " ".join(str(error).split())[:300]
     return TeacherError(
         f"{where}: expected the weights of this model, found others: {reason}; correct `model`, `classes` or the file"

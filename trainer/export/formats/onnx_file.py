@@ -94,7 +94,7 @@ def _reader(job: Job) -> Any:
         def __init__(self) -> None:
             self.batches: Iterator[Tensor] = iter(job.calibration())
 
-        def get_next(self) -> dict[str, Any] | None:
+        def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch.numpy()}
 

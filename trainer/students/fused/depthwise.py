@@ -107,7 +107,7 @@ class DepthwiseBranches(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, weight, product, patch_mean, mean, deviation, factor, kernel = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         kernels = kernels_for(x.device.type)

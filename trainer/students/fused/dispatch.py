@@ -151,7 +151,7 @@ class _Arrays(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         branches: Branches = ctx.branches
         weight, gamma, beta = (gradient.to(branches.norms[0].weight.dtype) for gradient in gradients)
         of_weights = zip(weight, branches.weights, strict=False)

@@ -71,7 +71,7 @@ class PointwiseBranches(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
         # First, though rows_of would copy what lies otherwise: of layouts that differ torch.compile expects other
         # strides of hardtanh_backward than it has.

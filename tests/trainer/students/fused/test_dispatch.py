@@ -80,8 +80,7 @@ def test_the_form_of_a_layer(conv, branches, identity, form):
 def test_checkpoints_fold_and_names_do_not_depend_on_the_form(form):
     """After a step each form loads into the other, and both fold into the same."""
     forms = layer(form)
-    for each in forms:
-        dy = step(each, some(form))["d y"]
+    dy = [step(each, some(form))["d y"] for each in forms][-1]
     states = [each.state_dict() for each in forms]
     assert [(key, value.shape, value.dtype) for key, value in states[0].items()] == [
         (key, value.shape, value.dtype) for key, value in states[1].items()
