@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import pytest
 import torch
-from helpers.small_weights import calibrate, randomise
+from helpers.small_weights import calibrate, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
@@ -51,7 +51,7 @@ def images(name, count, seed=0):
 def trained(name):
     """An expanded model with weights and statistics as training might leave them (float64; copy before changing)."""
     torch.manual_seed(0)
-    return calibrate(randomise(expanded(stock(name), name)).double(), images(name, 8).double())
+    return calibrate(randomize(expanded(stock(name), name)).double(), images(name, 8).double())
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def train(model, steps):
 
 
 def small_trained():
-    return train(randomise(small_expanded()), 3)
+    return train(randomize(small_expanded()), 3)
 
 
 def assert_folds_into_a_stock_model(expanded):

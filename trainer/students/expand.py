@@ -41,7 +41,7 @@ def expand(
     pointwise (1 x 1 in one group), dense (k x k in one group) and grouped.
 
     Right after expand the model computes what it computed before. With `init` zero_gamma branch 0 keeps what the pair
-    has learnt, and the others start with random weights and gamma 0: the same bit for bit in evaluation mode, and up to
+    has learned, and the others start with random weights and gamma 0: the same bit for bit in evaluation mode, and up to
     rounding in training, where branches may share one convolution. With split_gamma every branch of the convolution's
     shape starts as a copy of the pair with a random part of its gamma and an equal part of its beta (Net2Net, arXiv
     1511.05641), and the 1 x 1 and identity branches with gamma 0: the same up to rounding. Random numbers come from

@@ -23,7 +23,7 @@ Kind = Literal["depthwise", "pointwise", "grouped", "dense"]
 PlainModule = nn.Conv2d | nn.BatchNorm2d
 
 # Exact types, not subclasses: a subclass may compute something else from its weight (weight standardization, a
-# parametrisation, statistics of splits), which the algebra of fold would not know.
+# parametrization, statistics of splits), which the algebra of fold would not know.
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers.small_students import ALL_KINDS, difference, each_model, expanded, images, small, small_images, stock
-from helpers.small_weights import calibrate, grad, randomise
+from helpers.small_weights import calibrate, grad, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
@@ -26,7 +26,7 @@ def test_expand_changes_nothing_before_the_first_step(name, branches_as):
     separate = branches_as == "separate"
     dtype = torch.float32 if separate else torch.float64
     x = images(name, 4).to(dtype)
-    plain = calibrate(randomise(stock(name)).to(dtype), x)
+    plain = calibrate(randomize(stock(name)).to(dtype), x)
     copied = copy.deepcopy(plain)
     kept = dict(copied.named_parameters()) | dict(
         copied.named_buffers()
@@ -50,7 +50,7 @@ def test_expand_changes_nothing_before_the_first_step(name, branches_as):
 def test_every_branch_learns(name):
     """At gamma 0 only the gammas of the new branches have gradients; these must differ between branches, or all would
     stay copies of one another."""
-    model = expanded(calibrate(randomise(stock(name)), images(name, 4)), name).train()
+    model = expanded(calibrate(randomize(stock(name)), images(name, 4)), name).train()
     model(images(name, 4)).square().sum().backward()
     for module in model.modules():
         if isinstance(module, MultiBranchConv):
@@ -62,7 +62,7 @@ def test_every_branch_learns(name):
 @pytest.mark.parametrize("branches", [1, 2, 3])
 def test_split_gammas_change_nothing_before_the_first_step(branches):
     x = small_images()
-    plain = calibrate(randomise(small().double()), x)
+    plain = calibrate(randomize(small().double()), x)
     plain.get_parameter("5.weight").data[:3] = 0  # as at the ends of residual blocks
     copied = copy.deepcopy(plain)
     model = expand(copied, x[:1], kinds=ALL_KINDS, branches=branches, init="split_gamma")
@@ -118,7 +118,7 @@ def test_which_branches_there_are_and_where_they_lie(conv_type, stride, kernel, 
     assert len(expanded.conv_bns()) == 3
     assert (expanded.scale is not None) == (kernel > 1)
     assert (expanded.identity is not None) == (stride == 1 and same_places)
-    randomise(expanded)
+    randomize(expanded)
     for branch in expanded.conv_bns():
         nn.init.zeros_(branch.bn.weight)
     kernel_of_others, _ = affine_of_sum(expanded)

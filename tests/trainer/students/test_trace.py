@@ -136,7 +136,7 @@ TOYS = {
     ),
     "subclass that does more": (lambda: {"conv": Doubled(4, 4, 1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
     "standardized weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
-    "parametrised weight": (
+    "parametrized weight": (
         lambda: {"conv": nn.utils.parametrizations.weight_norm(conv()), "bn": bn()},
         in_sequence,
         OWN_ARITHMETIC,

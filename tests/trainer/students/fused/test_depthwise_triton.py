@@ -182,13 +182,13 @@ def check_kernels(number: int, dtype: torch.dtype, tolerance: float) -> None:
     assert_close(correlation, torch.einsum("ncp,nctp->tc", before, patches_of(x.double())), tolerance)
     assert_close(total, before.sum((0, 2)), tolerance)
 
-    weight, share, offset, means = draw(3, taps, channels), draw(3, channels), draw(taps, channels), draw(channels)
+    weight, q_factor, offset, means = draw(3, taps, channels), draw(3, channels), draw(taps, channels), draw(channels)
     exact = x.double().requires_grad_()
     p = patches_of(exact)
     of_patches = torch.einsum("tc,ncp->nctp", kernel, before - means[:, None]) + offset.t()[:, :, None]
-    of_patches -= torch.einsum("rc,rtc,ruc,ncup->nctp", share, weight, weight, p)
+    of_patches -= torch.einsum("rc,rtc,ruc,ncup->nctp", q_factor, weight, weight, p)
     (expected,) = torch.autograd.grad(p, exact, of_patches)
-    found = kernels.backward(x, geometry, dy, y, (0.0, 2.0), kernel, weight, share, offset, means)
+    found = kernels.backward(x, geometry, dy, y, (0.0, 2.0), kernel, weight, q_factor, offset, means)
     assert_close(found, expected, tolerance)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.small_branches import Forms, batch, both_forms, difference, errors, norm, rounded, step, to
 from helpers.small_students import MODELS, images, stock
-from helpers.small_weights import grad, randomise
+from helpers.small_weights import grad, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
@@ -243,7 +243,7 @@ def in_both_forms(name) -> tuple[nn.Module, nn.Module]:
     models = []
     for branches_as in ("auto", "separate"):
         model = expand(stock(name), images(name, 1), branches_as=branches_as)
-        models.append(randomise(model).double().train())
+        models.append(randomize(model).double().train())
     models[1].load_state_dict(models[0].state_dict(), strict=True)
     forms = [module.form for module in models[0].modules() if isinstance(module, MultiBranchConv)]
     assert len(forms) == MODELS[name][2]["depthwise"] + MODELS[name][2]["pointwise"]
