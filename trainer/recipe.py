@@ -1,7 +1,8 @@
-"""The train recipe: data, student, loss, optimizer, schedule, and how to watch."""
+"""The train recipe: data, student, loss, optimizer, schedule, and what is logged."""
 
 import difflib
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import timm.optim
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo, field_validator, model_validator
@@ -10,7 +11,7 @@ from softshard.pipeline.recipes.recipe import Fraction, Model, Precision, ViewRe
 from softshard.trainer.losses import TailPolicy
 from softshard.trainer.students.build import Library
 from softshard.trainer.students.expand import Init
-from softshard.trainer.students.fused.dispatch import BranchesAs
+from softshard.trainer.students.fused.dispatch import Implementation
 from softshard.trainer.students.trace import Kind
 
 # A smaller rate changes no float32 weight. Adaptive optimizers move a weight by about the rate, whatever its gradient.
@@ -56,11 +57,11 @@ class DataRecipe(Model):
 
 class ExpandRecipe(Model):
     branches: int = Field(default=3, ge=1)
-    kinds: tuple[Kind, ...] = ("depthwise", "pointwise")
-    scale: bool = True
+    conv_types: tuple[Kind, ...] = ("depthwise", "pointwise")
+    scale_branch: bool = True
     identity: bool = True
     init: Init = "zero_gamma"
-    branches_as: BranchesAs = "auto"
+    implementation: Implementation = "auto"
 
 
 class StudentRecipe(Model):
@@ -174,7 +175,7 @@ class EvaluationRecipe(Model):
     agreement: int = Field(default=2048, ge=0)
 
 
-class WatchRecipe(Model):
+class LoggingRecipe(Model):
     """`trackers` are Accelerate's: tensorboard, wandb, ... Losses are logged as means of `updates` updates."""
 
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -185,6 +186,13 @@ class TrainRecipe(Model):
     """`views` is the view recipe when there is no store to take it from. `batch_size` is global: over all processes and
     `accumulation` parts, which have their own batch norm statistics each. `checkpoint_minutes` pass between
     checkpoints within an epoch; there is one after each validation as well."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "watch": "logging",
+        "student.expand.kinds": "conv_types",
+        "student.expand.scale": "scale_branch",
+        "student.expand.branches_as": "implementation",
+    }
 
     data: DataRecipe
     views: ViewRecipe | None = None
@@ -199,7 +207,7 @@ class TrainRecipe(Model):
     sync_batch_norm: bool = False
     compile: bool = False
     evaluation: EvaluationRecipe = EvaluationRecipe()
-    watch: WatchRecipe = WatchRecipe()
+    logging: LoggingRecipe = LoggingRecipe()
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     output: str
     seed: int = Field(default=0, ge=0, lt=2**32)
