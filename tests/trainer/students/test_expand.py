@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers.small_students import ALL_KINDS, difference, each_model, expanded, images, small, small_images, stock
+from helpers.small_students import ALL_CONV_TYPES, difference, each_model, expanded, images, small, small_images, stock
 from helpers.small_weights import calibrate, grad, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
@@ -65,7 +65,7 @@ def test_split_gammas_change_nothing_before_the_first_step(branches):
     plain = calibrate(randomize(small().double()), x)
     plain.get_parameter("5.weight").data[:3] = 0  # as at the ends of residual blocks
     copied = copy.deepcopy(plain)
-    model = expand(copied, x[:1], conv_types=ALL_KINDS, branches=branches, init="split_gamma")
+    model = expand(copied, x[:1], conv_types=ALL_CONV_TYPES, branches=branches, init="split_gamma")
     for training in (False, True, False):  # also with the statistics that a step in training leaves
         assert difference(model.train(training), plain.train(training), x) <= 1e-12
     model.train()(x).square().sum().backward()
@@ -138,7 +138,7 @@ def test_pairs_that_gain_nothing_stay_plain():
     assert [name for name, module in model.named_modules() if isinstance(module, MultiBranchConv)] == ["4"]
 
 
-KINDS = "depthwise, pointwise, grouped, dense"
+TYPES = "depthwise, pointwise, grouped, dense"
 NOTHING = (
     "student.expand: expected convolution -> batch norm pairs of kind {} in Sequential that gain from {}; found pairs: "
     "1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none; change conv_types or branches, or set "
@@ -150,11 +150,14 @@ NOTHING = (
     ("arguments", "message"),
     [
         ({"branches": 0}, "student.expand.branches: expected at least 1, found 0"),
-        ({"conv_types": ["depthwise", "dw"]}, f"student.expand.conv_types: expected some of {KINDS}, found 'dw'"),
-        ({"conv_types": []}, f"student.expand.conv_types: expected a list with some of {KINDS}, found []"),
+        (
+            {"conv_types": ["depthwise", "dw"]},
+            f"student.expand.conv_types: expected some of {TYPES}, found 'dw'",
+        ),
+        ({"conv_types": []}, f"student.expand.conv_types: expected a list with some of {TYPES}, found []"),
         (
             {"conv_types": "depthwise"},
-            f"student.expand.conv_types: expected a list with some of {KINDS}, found 'depthwise'",
+            f"student.expand.conv_types: expected a list with some of {TYPES}, found 'depthwise'",
         ),
         ({"conv_types": ["grouped"]}, NOTHING.format("grouped", "branches=3, scale_branch=True, identity=True")),
         (
@@ -170,6 +173,12 @@ NOTHING = (
             {"implementation": "triton"},
             "student.expand.implementation: expected the package triton for 'triton', found that it is not installed; "
             "pip install triton, or set auto",
+        ),
+        (
+            {"implementation": "fused", "conv_types": ["dense", "pointwise"]},
+            "student.expand.implementation: expected layers whose branches are one convolution for 'fused', found 0, "
+            "which is neither pointwise without padding nor depthwise with as many outputs as inputs; set auto, or "
+            "leave their type out of conv_types",
         ),
         (
             {"example_input": torch.randn(1, 4, 9, 9)},
@@ -188,3 +197,20 @@ def test_bad_arguments_leave_the_model_alone(arguments, message, monkeypatch):
         expand(model, **{"example_input": torch.randn(1, 3, 17, 19), **arguments})
     assert str(error.value) == message
     assert repr(model) == repr(small())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "needed"),
+    [(False, "compiled kernels that run on this CPU"), (True, "the package triton on this machine")],
+)
+def test_fused_layers_need_kernels_of_this_machine(monkeypatch, gpu, needed):
+    module = sys.modules["softshard.trainer.students.expand"]
+    monkeypatch.setattr(module, "runs_here", lambda: False)
+    monkeypatch.setattr(module, "find_spec", lambda package: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    model = small()
+    message = rf"expected layers whose branches are one convolution for 'fused', found 2, which needs {needed}; set"
+    with pytest.raises(RecipeError, match=message):
+        expand(model, torch.randn(1, 3, 17, 19), implementation="fused")
+    assert repr(model) == repr(small())
+    expand(model, torch.randn(1, 3, 17, 19), implementation="fused", conv_types=["pointwise"])

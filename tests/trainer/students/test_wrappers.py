@@ -174,7 +174,16 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(tmp_path: Path):
     """Two processes with five and three images and SyncBatchNorm, which the convolution of all branches takes over:
     outputs, statistics and averaged gradients of one process with all eight and separate branches."""
     results = in_two_processes(a_synchronized_step_in_a_process, tmp_path)
-    model = narrow("separate")
+    assert_whole_batch(results, narrow("separate"))
+
+
+def test_synchronized_statistics_of_layers_that_must_be_fused(tmp_path: Path):
+    """A layer whose branches would be stacked trains in closed form: stacked ones would need torch's SyncBatchNorm."""
+    results = in_two_processes(a_synchronized_step_of_fused_layers_in_a_process, tmp_path)
+    assert_whole_batch(results, narrow("separate", wide=True))
+
+
+def assert_whole_batch(results: list[dict[str, torch.Tensor]], model: nn.Module) -> None:
     y = model(torch.cat(parts()))
     (y.sub(1).square().sum() / 2).backward()  # the average over two processes
     assert_near(torch.cat([result["y"] for result in results]), y.detach())
@@ -187,7 +196,14 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(tmp_path: Path):
 
 def a_synchronized_step_in_a_process(rank: int, folder: Path) -> None:
     """Averages gradients by itself, since DistributedDataParallel refuses SyncBatchNorm on a CPU, too."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(narrow())
+    synchronized_step(nn.SyncBatchNorm.convert_sync_batchnorm(narrow()), rank, folder)
+
+
+def a_synchronized_step_of_fused_layers_in_a_process(rank: int, folder: Path) -> None:
+    synchronized_step(nn.SyncBatchNorm.convert_sync_batchnorm(narrow("fused", wide=True)), rank, folder)
+
+
+def synchronized_step(model: nn.Module, rank: int, folder: Path) -> None:
     y = model(parts()[rank])
     y.sub(1).square().sum().backward()
     for parameter in model.parameters():
@@ -195,17 +211,20 @@ def a_synchronized_step_in_a_process(rank: int, folder: Path) -> None:
     save_step(model, y, folder / f"{rank}.pt")
 
 
-def narrow(implementation: str = "auto") -> nn.Module:
+def narrow(implementation: str = "auto", wide: bool = False) -> nn.Module:
+    """Four layers of branches, with `wide` a fifth whose input is wide."""
     torch.manual_seed(0)
     plain = nn.Sequential(
         *(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=True), BatchNormAct2d(6)),
         *(nn.Conv2d(6, 20, 1, bias=False), nn.BatchNorm2d(20)),
         *(nn.Conv2d(20, 20, 5, 2, 2, groups=20, bias=False), BatchNormAct2d(20, act_layer=nn.ReLU6)),
         *(nn.Conv2d(20, 20, 1, bias=True), nn.BatchNorm2d(20)),
+        *((nn.Conv2d(20, 4, 1, bias=False), nn.BatchNorm2d(4)) if wide else ()),
     )
     model = expand(plain, torch.randn(1, 6, 9, 8), implementation=implementation)
     forms = [module.form for module in model.modules() if isinstance(module, MultiBranchConv)]
-    assert forms == (["depthwise", "closed"] * 2 if implementation == "auto" else [None] * 4)
+    expected = {"auto": ["depthwise", "closed"] * 2, "fused": ["triton", "closed"] * 2, "separate": [None] * 4}
+    assert forms == expected[implementation] + ([None if implementation == "separate" else "stacked"] if wide else [])
     return randomize(model).double().train()
 
 

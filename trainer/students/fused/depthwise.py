@@ -36,7 +36,8 @@ try:
 except ImportError:  # a source tree that was copied to a machine without a compiler
     _depthwise = None
 
-MOST_TAPS = 7  # rows or columns of a kernel: larger ones are cheaper as separate branches
+CHEAP_TAPS = 7  # rows or columns of a kernel: larger ones are cheaper as separate branches
+MOST_TAPS = 13  # up to which these kernels are tested
 CACHE_LINE = 64  # bytes: threads share none
 _library = ctypes.CDLL(_depthwise.__file__) if _depthwise else None
 _RUNS_HERE = _library is not None and bool(_library.softshard_depthwise_runs_here())

@@ -21,7 +21,6 @@ from softshard.trainer.students import expand
 from softshard.trainer.students.branches import MultiBranchConv
 from softshard.trainer.students.fused import depthwise
 from softshard.trainer.students.fused.conv_geometry import ConvGeometry
-from softshard.trainer.students.fused.dispatch import trains_as_one
 
 pytest.importorskip("triton")
 
@@ -107,8 +106,7 @@ def test_triton_must_be_asked_for(implementation: str, form: str | None, on_gpu:
     with FakeTensorMode():
         for device, expected in (("cpu", form is not None), ("cuda", on_gpu), ("mps", False)):
             x = torch.empty(2, channels, *size, device=device)
-            as_one = layer.form is not None and trains_as_one(layer.form, layer.plain.conv, x, layer.norms())
-            assert as_one == expected, device
+            assert layer.form_for(x) == (form if expected else None), device
 
 
 def test_triton_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
