@@ -31,7 +31,7 @@ from softshard.trainer.export.latency import (
 from softshard.trainer.recipe import ExpandRecipe, StudentRecipe
 from softshard.trainer.students import fold
 from softshard.trainer.students.build import Library
-from softshard.trainer.students.trace import Kind
+from softshard.trainer.students.trace import ConvType
 
 STUDENTS: dict[str, Library] = {
     "mobilenetv2_100": "timm",
@@ -60,9 +60,9 @@ def photographs(pixels: InputSpec) -> list[Tensor]:
     return batches
 
 
-def sides(name: str, kinds: tuple[Kind, ...], pixels: InputSpec, folder: Path) -> list[Side]:
+def sides(name: str, conv_types: tuple[ConvType, ...], pixels: InputSpec, folder: Path) -> list[Side]:
     student = StudentRecipe(
-        model=name, library=STUDENTS[name], num_classes=CLASSES, expand=ExpandRecipe(branches=3, conv_types=kinds)
+        model=name, library=STUDENTS[name], num_classes=CLASSES, expand=ExpandRecipe(branches=3, conv_types=conv_types)
     )
     unfolded = unfolded_network(student, pixels.size)
     result = []
@@ -84,7 +84,7 @@ def sides(name: str, kinds: tuple[Kind, ...], pixels: InputSpec, folder: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--students", default=",".join(STUDENTS), help="comma-separated")
-    parser.add_argument("--kinds", default="depthwise,pointwise", help="of convolutions that get branches")
+    parser.add_argument("--conv-types", default="depthwise,pointwise", help="of convolutions that get branches")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--json", type=Path)
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.students.split(","):
             latencies += measure(
-                sides(name, tuple(options.kinds.split(",")), pixels, Path(folder)), options.size, options.rounds
+                sides(name, tuple(options.conv_types.split(",")), pixels, Path(folder)), options.size, options.rounds
             )
     print(table(latencies))
     for name, what, times in ratios(latencies):

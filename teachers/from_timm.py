@@ -2,16 +2,14 @@
 # timm has no annotations.
 # pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.data
-from torch import Tensor, nn
 
 from softshard.teachers.teacher import Preprocessing, Teacher, TeacherError, unknown_name
-from softshard.teachers.weights import load_weights, read_weights, wrong_weights
+from softshard.teachers.weights import in_layout_of, load_weights, read_weights
 
 
 def load_timm(model: str, checkpoint: str | None, size: int | None, classes: int) -> Teacher:
@@ -28,8 +26,7 @@ def load_timm(model: str, checkpoint: str | None, size: int | None, classes: int
             "correct `size`, or give a local file as `checkpoint` where the hub cannot be reached"
         ) from None
     if checkpoint:
-        weights = _fit(network, read_weights(checkpoint), checkpoint)
-        load_weights(network, weights, checkpoint)
+        load_weights(network, in_layout_of(network, read_weights(checkpoint)), checkpoint)
     settings = timm.data.resolve_model_data_config(network)
     found = int(network.num_classes)  # pyright: ignore[reportArgumentType]
     wanted = Preprocessing(
@@ -61,19 +58,3 @@ def _input_size(model: str, size: int | None) -> dict[str, Any]:
     settings = timm.get_pretrained_cfg(model, allow_unregistered=True)
     fixed = settings is not None and settings.fixed_input_size and settings.input_size[-1] != size
     return {"img_size": size} if size and fixed else {}
-
-
-def _fit(network: nn.Module, weights: dict[str, Tensor], checkpoint: str) -> dict[str, Tensor]:
-    """Pass weights of another layout through timm's filter for the architecture.
-
-    It resamples position embeddings to the network's input size. timm itself applies it only to published weights, so
-    it is looked up by its name.
-    """
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    filter_weights = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if filter_weights is None or shapes == {name: tensor.shape for name, tensor in weights.items()}:
-        return weights
-    try:
-        return filter_weights(weights, network)
-    except Exception as error:  # weights of another model break a filter in any way
-        raise wrong_weights(checkpoint, error) from None

@@ -11,7 +11,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from softshard.teachers.teacher import Preprocessing, Teacher, TeacherError, unknown_name
-from softshard.teachers.weights import load_weights, read_weights, wrong_weights
+from softshard.teachers.weights import load_weights, read_weights
 
 # No auxiliary heads, which eval mode does not use. The published weights, and what is tuned from them, were ported from
 # TensorFlow and expect its scaling of the pixels, which transform_input applies; a state dict does not say it.
@@ -40,8 +40,7 @@ def load_torchvision(model: str, checkpoint: str | None, size: int | None, class
             f"teacher {model}: expected a model and weights that torchvision can load, found: {reason}; "
             f"correct `size`, or fetch {published.url} elsewhere and give the file as `checkpoint`"
         ) from None
-    where = checkpoint or str(published)
-    load_weights(network, _fit(network, weights, size, where), where)
+    load_weights(network, _fit(network, weights, size), checkpoint or str(published))
     wanted = Preprocessing(size, tuple(transforms.mean), tuple(transforms.std), transforms.interpolation.value)
     return Teacher(model, "torchvision", network, classes, wanted)
 
@@ -60,19 +59,15 @@ def _options(model: str, size: int) -> dict[str, Any]:
     return _INCEPTION if model in ("googlenet", "inception_v3") else {}
 
 
-def _fit(network: nn.Module, weights: dict[str, Tensor], size: int, where: str) -> dict[str, Tensor]:
+def _fit(network: nn.Module, weights: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     """What torchvision's builders do to weights, and position embeddings resampled to the input size."""
     if isinstance(network, models.GoogLeNet | models.Inception3):
         return {name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")}
     if isinstance(network, models.DenseNet):  # the published names are from before modules' names lost their dots
         return {_OLD_DENSE.sub(r"\1\2", name): tensor for name, tensor in weights.items()}
-    if isinstance(network, models.MNASNet) and not hasattr(weights, "_metadata"):
-        weights = OrderedDict(weights)
-        # it refuses weights without their format's version, which local files do not keep
-        weights._metadata = {"": {"version": 2}}  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(network, models.VisionTransformer) and _POSITIONS in weights:
         try:
             return interpolate_embeddings(size, network.patch_size, OrderedDict(weights))
-        except (ValueError, RuntimeError) as error:
-            raise wrong_weights(where, error) from None
+        except (ValueError, RuntimeError):  # of another model: load_weights says what is different
+            return weights
     return weights

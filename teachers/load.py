@@ -5,6 +5,7 @@ from typing import Literal
 from softshard.teachers.from_timm import load_timm
 from softshard.teachers.from_torchvision import load_torchvision
 from softshard.teachers.teacher import Teacher, TeacherError
+from softshard.teachers.weights import WeightsError
 
 LOADERS = {"timm": load_timm, "torchvision": load_torchvision}
 
@@ -28,7 +29,10 @@ def load_teacher(
         TeacherError: unknown name; weights that are missing, unreadable, out of reach or of another model; another
             class count; an input size that the model cannot have.
     """
-    teacher = LOADERS[library](model, checkpoint, size, classes)
+    try:
+        teacher = LOADERS[library](model, checkpoint, size, classes)
+    except WeightsError as error:
+        raise TeacherError(str(error)) from None
     if teacher.classes != classes:
         raise TeacherError(
             f"teacher {model}: expected {classes} classes, as the recipe says, found {teacher.classes}; "

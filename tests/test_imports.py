@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "trainer/loop": {
         *_CONTRACTS, "trainer/recipe", "trainer/losses", "trainer/student", "trainer/students", "trainer/data",
     },
-    "trainer/export/formats": {*_BASE, "trainer/students"},
+    "trainer/export/formats": {*_BASE, "trainer/students", "teachers/weights"},
     "trainer/export": {
         *_CONTRACTS, "trainer/recipe", "trainer/student", "trainer/students", "trainer/data", "trainer/loop",
         "trainer/export/formats",

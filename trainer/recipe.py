@@ -12,7 +12,7 @@ from softshard.trainer.losses import TailPolicy
 from softshard.trainer.students.build import Library
 from softshard.trainer.students.expand import Init
 from softshard.trainer.students.fused.dispatch import Implementation
-from softshard.trainer.students.trace import Kind
+from softshard.trainer.students.trace import ConvType
 
 # A smaller rate changes no float32 weight. Adaptive optimizers move a weight by about the rate, whatever its gradient.
 SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTIVE_LR = 1e-8, 100.0, 1.0
@@ -57,7 +57,7 @@ class DataRecipe(Model):
 
 class ExpandRecipe(Model):
     branches: int = Field(default=3, ge=1)
-    conv_types: tuple[Kind, ...] = ("depthwise", "pointwise")
+    conv_types: tuple[ConvType, ...] = ("depthwise", "pointwise")
     scale_branch: bool = True
     identity: bool = True
     init: Init = "zero_gamma"

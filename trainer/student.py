@@ -8,8 +8,9 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+from softshard.teachers.weights import load_weights, read_weights
 from softshard.trainer.students import build_student, expand
-from softshard.trainer.students.weights import load_weights, read_weights
+from softshard.trainer.students.weights import REMEDY, errors_of_weights
 
 if TYPE_CHECKING:  # the class is of use without recipes, and what reads them
     from softshard.trainer.recipe import TrainRecipe
@@ -50,5 +51,6 @@ def make_student(recipe: "TrainRecipe", weights: Path | None = None) -> Student:
         example = torch.zeros(1, 3, recipe.data.size, recipe.data.size)
         network = expand(network, example, **wanted.expand.model_dump())
     if weights:
-        load_weights(network, read_weights(weights), str(weights), "this recipe's student")
+        with errors_of_weights():
+            load_weights(network, read_weights(weights), str(weights), "this recipe's student", REMEDY)
     return Student(network).to(memory_format=torch.channels_last)

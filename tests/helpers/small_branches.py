@@ -4,7 +4,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from helpers.small_weights import grad, randomise
+from helpers.small_weights import grad, randomize
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ def both_forms(conv, bn, *, branches=2, scale_branch=True, identity=True, implem
     wanted = {"branches": branches, "scale_branch": scale_branch, "identity": identity}
     separate = MultiBranchConv(copy.deepcopy(conv), copy.deepcopy(bn), implementation="separate", **wanted)
     as_one = MultiBranchConv(conv, bn, implementation=implementation, **wanted)
-    randomise(as_one, seed)
+    randomize(as_one, seed)
     separate.load_state_dict(as_one.state_dict(), strict=True)
     assert separate.form is None
     return Forms(as_one.train(), separate.train())

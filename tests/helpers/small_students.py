@@ -5,13 +5,13 @@ from typing import Literal, get_args
 
 import pytest
 import torch
-from helpers.small_weights import calibrate, randomise
+from helpers.small_weights import calibrate, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from softshard.trainer.students import build_student, expand, fold
-from softshard.trainer.students.trace import Kind
+from softshard.trainer.students.trace import ConvType
 
 # Odd sizes make stride 2 and "same" padding fall differently on the two sides.
 MODELS: dict[str, tuple[Literal["timm", "torchvision"], int, dict[str, int]]] = {
@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[Literal["timm", "torchvision"], int, dict[str, int]]] = 
     "mobilenet_v2": ("torchvision", 65, {"depthwise": 17, "pointwise": 34, "dense": 1}),
     "shufflenet_v2_x1_0": ("torchvision", 64, {"depthwise": 19, "pointwise": 36, "dense": 1}),
 }
-ALL_KINDS = get_args(Kind)
+ALL_CONV_TYPES = get_args(ConvType)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -36,10 +36,10 @@ def stock(name):
 
 
 def expanded(model, name, implementation="auto"):
-    """With the default kinds, or with all of them where most convolutions are dense or grouped."""
-    kinds = ALL_KINDS if name in ("resnet18", "regnety_002", "mobilenetv4_conv_small") else ALL_KINDS[:2]
+    """With the default types, or with all of them where most convolutions are dense or grouped."""
+    conv_types = ALL_CONV_TYPES if name in ("resnet18", "regnety_002", "mobilenetv4_conv_small") else ALL_CONV_TYPES[:2]
     example = images(name, 1).to(next(model.parameters()).dtype)
-    return expand(model, example, conv_types=kinds, implementation=implementation)
+    return expand(model, example, conv_types=conv_types, implementation=implementation)
 
 
 def images(name, count, seed=0):
@@ -51,7 +51,7 @@ def images(name, count, seed=0):
 def trained(name):
     """An expanded model with weights and statistics as training might leave them (float64; copy before changing)."""
     torch.manual_seed(0)
-    return calibrate(randomise(expanded(stock(name), name)).double(), images(name, 8).double())
+    return calibrate(randomize(expanded(stock(name), name)).double(), images(name, 8).double())
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def train(model, steps):
 
 
 def small_trained():
-    return train(randomise(small_expanded()), 3)
+    return train(randomize(small_expanded()), 3)
 
 
 def assert_folds_into_a_stock_model(expanded):

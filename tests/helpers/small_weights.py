@@ -9,7 +9,7 @@ def grad(parameter):
     return parameter.grad
 
 
-def randomise(model, seed=1):
+def randomize(model, seed=1):
     """Weights, gammas, betas and statistics far from where they start, and nowhere zero."""
     draw = torch.Generator().manual_seed(seed)
     for module in model.modules():

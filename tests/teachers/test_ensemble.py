@@ -46,7 +46,7 @@ def test_neither_order_nor_scale_of_the_weights_matters(mean: Mean, flip: bool) 
     weights = [0.5, 3.0, 1.25]
     expected = Ensemble(teachers, weights, mean, flip)(images)
     for order in permutations(range(3)):
-        found = Ensemble([teachers[place] for place in order], [weights[place] for place in order], mean, flip)(images)
+        found = Ensemble([teachers[index] for index in order], [weights[index] for index in order], mean, flip)(images)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for scale in (1e-30, 0.1, 7, 1e30):
         found = Ensemble(teachers, [weight * scale for weight in weights], mean, flip)(images)

@@ -21,7 +21,7 @@ from softshard.teachers import TeacherError, load_teacher
 def test_a_torchvision_teacher_gives_the_models_logits(tmp_path: Path, name: str, kind: str) -> None:
     model = torchvision.models.get_model(name, weights=None, num_classes=10).eval()
     teacher = load_teacher(name, "torchvision", save(model, tmp_path / f"w.{kind}"), 64, 10)
-    mean, std = (torch.tensor(IMAGENET[place]).view(1, 3, 1, 1) for place in (1, 2))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET[1:3])
     torch.testing.assert_close(teacher(pixels(64)), model((pixels(64) / 255 - mean) / std))
     assert (teacher.library, teacher.classes, teacher.size) == ("torchvision", 10, 64)
 

@@ -46,14 +46,17 @@ def test_a_teacher_is_frozen_and_stays_in_eval_mode(resnet: str) -> None:
 
 def test_pixels_are_normalized_as_timm_does_it(resnet: str) -> None:
     teacher = load_teacher("resnet10t", "timm", resnet, 32, 10)
-    mean, std = (torch.tensor(IMAGENET[place]).view(1, 3, 1, 1) for place in (1, 2))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET[1:3])
     torch.testing.assert_close(teacher(pixels(32)), teacher.model((pixels(32) / 255 - mean) / std))
 
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"
     torch.save({"weight": torch.zeros(1), "run": Evil(tmp_path / "ran")}, path)
-    with pytest.raises(TeacherError, match=r"evil.pth: expected tensors only.*save the state_dict alone"):
+    with pytest.raises(
+        TeacherError,
+        match=r"evil.pth: expected a .safetensors file, or a .pth file of tensors only.*save the state_dict alone",
+    ):
         load_teacher("resnet10t", "timm", str(path), 32, 10)
     assert not (tmp_path / "ran").exists()
 
@@ -79,7 +82,7 @@ def test_a_file_without_a_state_dict_is_named(tmp_path: Path, content: object) -
 
 
 def test_a_missing_file_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TeacherError, match=r"none.pth: expected teacher weights, found no file"):
+    with pytest.raises(TeacherError, match=r"none.pth: expected a file of weights, found none; correct the path"):
         load_teacher("resnet10t", "timm", "none.pth", 32, 10)
     assert capfd.readouterr().err == ""
 

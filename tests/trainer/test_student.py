@@ -51,7 +51,7 @@ def test_a_runs_weights_need_no_checkpoint(tmp_path: Path) -> None:
     gone = recipe(tmp_path, ("checkpoint", "gone.pth"))
     again = make_student(gone, tmp_path / "run.safetensors")
     assert torch.equal(again.eval()(IMAGES), student.eval()(IMAGES))
-    message = r"^gone.pth: expected a file of student weights, found none; correct the path$"
+    message = r"^gone.pth: expected a file of weights, found none; correct the path$"
     with pytest.raises(DataError, match=message):
         make_student(gone)
     message = (

@@ -208,7 +208,7 @@ def _plot_points(axes: Any, points: Sequence[Latency], color: str, label: str) -
     x, y = [each.side.cost.macs / 1e6 for each in points], [each.median for each in points]
     marker = MARKERS[points[0].side.format]
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.5)
-    for each, *place in zip(points, x, y, strict=True):
+    for each, *position in zip(points, x, y, strict=True):
         folded = each.side.form == "folded"
         face = color if folded else "white"
-        axes.plot(*place, marker, color=color, markerfacecolor=face, label=label if folded else None)
+        axes.plot(*position, marker, color=color, markerfacecolor=face, label=label if folded else None)

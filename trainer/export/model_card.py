@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from softshard.pipeline.runtime.files import write_atomically
 from softshard.trainer.export.manifest import Exported, FormatFigures
 
 CARD = "README.md"
 FEW_LABELS = 20
 
-HEADER = """---
-library_name: {library}
-pipeline_tag: image-classification
-tags: [image-classification, {library}, softshard]
----
-# {model}
+TASK = "image-classification"  # the hub's name of it
+TEXT = """# {model}
 
 An image classifier of {classes} classes, with {folded.parameters:,} parameters and {folded.macs:,} multiply-adds for an
 image of {size} x {size} pixels.
@@ -110,11 +108,19 @@ USE = {"timm": TIMM, "torchvision": TORCHVISION, "onnx": ONNX, "int8": ONNX, "ex
 
 
 def write_card(folder: Path, exported: Exported) -> None:
-    write_atomically(folder / CARD, card(exported).encode())
+    """Write README.md into an exported folder."""
+    write_atomically(folder / CARD, str(model_card(exported)).encode())
 
 
-def card(exported: Exported) -> str:
-    """The text: a header for the hub, without a license, figures, the input, and lines that load each format."""
+def model_card(exported: Exported) -> ModelCard:
+    """Make the card: a header for the hub, without a license, and the text."""
+    library = exported.student.library
+    header = ModelCardData(library_name=library, pipeline_tag=TASK, tags=[TASK, library, "softshard"])
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n{_text(exported)}")
+
+
+def _text(exported: Exported) -> str:
+    """Figures, the input, and lines that load each format."""
     pixels, student = exported.preprocessing, exported.student
     values = {
         "library": student.library,
@@ -133,7 +139,7 @@ def card(exported: Exported) -> str:
         "std": [round(value, 6) for value in pixels.std],
     }
     uses = (USE[name].format(file=figures.file, **values) for name, figures in exported.formats.items())
-    return HEADER.format(**values) + "".join(uses)
+    return TEXT.format(**values) + "".join(uses)
 
 
 def _made(exported: Exported) -> str:

@@ -16,7 +16,14 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale, padding, two, under_center_tap
-from softshard.trainer.students.fused.dispatch import Branches, Form, Norm, form_of, sum_of_branches, trains_as_one
+from softshard.trainer.students.fused.dispatch import (
+    Branches,
+    Form,
+    Norm,
+    form_of,
+    form_of_batch,
+    sum_of_branches,
+)
 
 
 @dataclass
@@ -57,8 +64,8 @@ class MultiBranchConv(nn.Module):
     belongs in the place of `bn`.
 
     In training all branches of a layer go through one convolution where that is cheaper, with the same results up to
-    rounding (one_convolution.py); `implementation="separate"` always computes them one by one, "triton" also depthwise
-    layers on a GPU through one.
+    rounding (fused/dispatch.py); `implementation="separate"` always computes them one by one, "fused" through one
+    wherever there is one, "triton" also depthwise layers on a GPU. `form_for` says what a batch goes through.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class MultiBranchConv(nn.Module):
         self.scale = _new_scale_branch(conv, bn) if scale_branch and has_scale(conv) else None
         self.identity = _zero_bn(bn) if identity and has_identity(conv) else None
         self.form: Form | None = form_of(conv, branches, self.identity is not None, implementation)
+        self.always_fused = implementation == "fused"
         self.train(bn.training)
 
     def conv_bns(self) -> list[ConvBN]:
@@ -95,17 +103,24 @@ class MultiBranchConv(nn.Module):
             norms.append(self.identity)
         return norms
 
+    def form_for(self, x: Tensor) -> Form | None:
+        """The form in which the batch x [N, C, H, W] trains; None: as separate branches."""
+        if self.form is None:
+            return None
+        return form_of_batch(self.form, self.plain.conv, x, self.norms(), self.always_fused)
+
     def forward(self, x: Tensor) -> Tensor:
-        norms = self.norms()
-        if self.form and trains_as_one(self.form, self.plain.conv, x, norms):
-            weights = tuple(branch.conv.weight for branch in self.conv_bns())
-            scale = self.scale.conv.weight if self.scale is not None else None
-            bias = self.conv_bns()[0].conv.bias
-            limits = None if self.act is None else _CLAMPING[type(self.act)]
-            branches = Branches(self.plain.conv, weights, bias, scale, self.identity is not None, norms, limits)
-            return sum_of_branches(self.form, x, branches)
-        y = self._separately(x)
-        return y if self.act is None else self.act(y)
+        """The sum of all branches, and the activation where this layer has taken it over."""
+        form = self.form_for(x)
+        if form is None:
+            y = self._separately(x)
+            return y if self.act is None else self.act(y)
+        weights = tuple(branch.conv.weight for branch in self.conv_bns())
+        scale = self.scale.conv.weight if self.scale is not None else None
+        bias = self.conv_bns()[0].conv.bias
+        limits = None if self.act is None else _CLAMPING[type(self.act)]
+        branches = Branches(self.plain.conv, weights, bias, scale, self.identity is not None, self.norms(), limits)
+        return sum_of_branches(form, x, branches)
 
     def _separately(self, x: Tensor) -> Tensor:
         conv = self.plain.conv

@@ -8,8 +8,9 @@ import timm
 import torchvision.models
 from torch import nn
 
-from softshard.pipeline.runtime.errors import RecipeError, near
-from softshard.trainer.students.weights import load_plain_weights, read_weights
+from softshard.pipeline.runtime.errors import RecipeError
+from softshard.teachers.weights import read_weights
+from softshard.trainer.students.weights import errors_of_weights, load_plain_weights
 
 Library = Literal["timm", "torchvision"]
 
@@ -56,8 +57,9 @@ def build_student(
         raise RecipeError(f"student.num_classes: expected at least 1 class, found {num_classes}")
     plain = _BUILDERS[library](model, num_classes, pretrained and checkpoint is None)
     if checkpoint is not None:
-        weights, where = read_weights(checkpoint), str(checkpoint)
-        load_plain_weights(plain, weights, where, model=model, num_classes=num_classes, fresh_classifier=pretrained)
+        start = {"model": model, "num_classes": num_classes, "fresh_classifier": pretrained}
+        with errors_of_weights():
+            load_plain_weights(plain, read_weights(checkpoint), str(checkpoint), **start)
     return plain
 
 

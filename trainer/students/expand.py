@@ -13,8 +13,8 @@ from softshard.pipeline.runtime.errors import RecipeError, few
 from softshard.trainer.students.branches import MultiBranchConv
 from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale
 from softshard.trainer.students.fused.depthwise import runs_here
-from softshard.trainer.students.fused.dispatch import Implementation
-from softshard.trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
+from softshard.trainer.students.fused.dispatch import Implementation, why_not_fused
+from softshard.trainer.students.trace import READ_MORE_THAN_ONCE, ConvType, FoundPairs, Pair, Unpaired, find_pairs
 
 Init = Literal["zero_gamma", "split_gamma"]
 
@@ -32,74 +32,79 @@ def expand(
     init: str = "zero_gamma",
     implementation: str = "auto",
 ) -> nn.Module:
-    """Replace the convolution -> batch norm pairs of the given types by sums of branches; return the same model.
+    """Replace convolution -> batch norm pairs by sums of parallel branches, for the time of training.
 
     Each of these convolutions gets `branches` parallel copies of its shape, with `scale_branch` a 1 x 1 branch (where
-    its kernel is larger), with `identity` an identity branch (where input and output agree), each with its
-    own batch norm (RepVGG, arXiv 2101.03697; MobileOne, 2206.04040; the recipe of GhostNetV3, 2404.11202).
-    A pair that would get no second branch stays as it is. The types are depthwise (one group for each input channel),
-    pointwise (1 x 1 in one group), dense (k x k in one group) and grouped.
+    its kernel is larger), with `identity` an identity branch (where input and output agree), each with its own batch
+    norm (RepVGG, arXiv 2101.03697; MobileOne, 2206.04040; the recipe of GhostNetV3, 2404.11202). A pair that would get
+    no second branch stays as it is.
 
-    Right after expand the model computes what it computed before. With `init` zero_gamma branch 0 keeps what the pair
-    has learnt, and the others start with random weights and gamma 0: the same bit for bit in evaluation mode, and up to
-    rounding in training, where branches may share one convolution. With split_gamma every branch of the convolution's
-    shape starts as a copy of the pair with a random part of its gamma and an equal part of its beta (Net2Net, arXiv
-    1511.05641), and the 1 x 1 and identity branches with gamma 0: the same up to rounding. Random numbers come from
-    torch's global generator.
+    Right after expand the model computes what it computed before: with zero_gamma the same bit for bit in evaluation
+    mode, and up to rounding in training, where branches may share one convolution; with split_gamma up to rounding.
+    Random numbers come from torch's global generator.
 
-    In training, `implementation` auto computes all branches of a depthwise or pointwise layer through one convolution,
-    with the same results up to rounding (fused/); separate computes each by itself; fused is an error where this
-    machine lacks the kernels for depthwise layers, instead of separate branches. triton is auto and, on
-    a GPU, where auto leaves depthwise layers separate, those through one convolution, too, by kernels in Triton. They
-    have been run in Triton's interpreter alone, on a CPU: measure before you use them.
+    Expand before the model is wrapped (DDP), compiled or converted to SyncBatchNorm, and before its optimizer is made.
+    Hooks on replaced modules no longer run. One line in the log of this module says what was expanded and which
+    convolutions of these types were not: a warning where one of them is read more than once, otherwise at level INFO.
 
-    `example_input` is one batch that the model takes, on its device and in its dtype (float [1, 3, H, W] for
-    classifiers of images); see find_pairs for what is found with it. Expand before the model is wrapped (DDP),
-    compiled or converted to SyncBatchNorm, and before its optimizer is made. Hooks on replaced modules no longer run.
+    Args:
+        model: it is changed in place.
+        example_input: one batch that the model takes, on its device and in its dtype (float [1, 3, H, W] for
+            classifiers of images); see find_pairs for what is found with it.
+        branches: how many copies of a convolution there are, the first of them the convolution itself.
+        conv_types: some of depthwise (one group for each input channel), pointwise (1 x 1 in one group), dense (k x k
+            in one group) and grouped.
+        scale_branch: whether there are 1 x 1 branches.
+        identity: whether there are identity branches.
+        init: how branches start. With zero_gamma the first keeps what the pair has learned, the others have random
+            weights and gamma 0. With split_gamma every copy has the pair's weights, a random part of its gamma and an
+            equal part of its beta (Net2Net, arXiv 1511.05641), and the 1 x 1 and identity branches have gamma 0.
+        implementation: how branches are computed in training, with the same results up to rounding. auto: through one
+            convolution where that is cheaper (fused/dispatch.py). fused: through one convolution in every layer.
+            separate: each by itself. triton: as auto, and on a GPU depthwise layers, too, through one convolution.
+            The kernels in Triton have been run in its interpreter alone, on a CPU: measure before you use them.
 
-    One line in the log of this module says what was expanded and which convolutions of these types were left alone: a
-    warning where one of them is shared or its output is read more than once, otherwise at level INFO.
+    Returns:
+        The same model.
 
-    Raises RecipeError, with the model unchanged, when branches is below 1, a kind, init or implementation is unknown,
-    fused or triton is asked for and cannot be had, the model rejects `example_input`, or there is nothing to expand.
+    Raises:
+        RecipeError: an argument is out of its range, Triton is asked for and not installed, a layer cannot be fused,
+            the model rejects `example_input`, or there is nothing to expand. The model is unchanged.
     """
     _check_arguments(branches, conv_types, init, implementation)
     found = _find(model, example_input)
     chosen = [
         pair
         for pair in found.pairs
-        if pair.kind in conv_types and _gains(model, pair, branches, scale_branch, identity)
+        if pair.conv_type in conv_types and _gains(model, pair, branches, scale_branch, identity)
     ]
     if not chosen:
         raise RecipeError(_nothing_to_expand(model, found, branches, conv_types, scale_branch, identity))
+    if implementation == "fused":
+        _check_fused(model, chosen)
     for pair in chosen:
         expanded = _expand_pair(model, pair, branches, scale_branch, identity, implementation)
         if init == "split_gamma":
             _split_gamma(expanded)
-    _report(chosen, [conv for conv in found.left_alone if conv.kind in conv_types])
+    _report(chosen, [conv for conv in found.unpaired if conv.conv_type in conv_types])
     return model
 
 
 def _check_arguments(branches: int, conv_types: Collection[str], init: str, implementation: str) -> None:
     if branches < 1:
         raise RecipeError(f"student.expand.branches: expected at least 1, found {branches}")
-    known = ", ".join(get_args(Kind))
+    known = ", ".join(get_args(ConvType))
     if isinstance(conv_types, str) or not conv_types:
         raise RecipeError(f"student.expand.conv_types: expected a list with some of {known}, found {conv_types!r}")
-    for kind in conv_types:
-        if kind not in get_args(Kind):
-            raise RecipeError(f"student.expand.conv_types: expected some of {known}, found {kind!r}")
+    for conv_type in conv_types:
+        if conv_type not in get_args(ConvType):
+            raise RecipeError(f"student.expand.conv_types: expected some of {known}, found {conv_type!r}")
     for name, value, values in (
         ("init", init, get_args(Init)),
         ("implementation", implementation, get_args(Implementation)),
     ):
         if value not in values:
             raise RecipeError(f"student.expand.{name}: expected one of {', '.join(values)}, found {value!r}")
-    if implementation == "fused" and "depthwise" in conv_types and not _has_depthwise_kernels():
-        raise RecipeError(
-            "student.expand.implementation: expected kernels for depthwise layers on this machine for 'fused', found "
-            "none; set auto or separate"
-        )
     if implementation == "triton" and find_spec("triton") is None:
         raise RecipeError(
             "student.expand.implementation: expected the package triton for 'triton', found that it is not installed; "
@@ -107,11 +112,28 @@ def _check_arguments(branches: int, conv_types: Collection[str], init: str, impl
         )
 
 
-def _has_depthwise_kernels() -> bool:
-    return find_spec("triton") is not None if torch.cuda.is_available() else runs_here()
+def _check_fused(model: nn.Module, pairs: Sequence[Pair]) -> None:
+    """Every layer must have one convolution for all of its branches, and this machine the kernels for it."""
+    found = [f"{pair.conv}, which {why}" for pair in pairs if (why := _why_not_fused(model, pair))]
+    if found:
+        raise RecipeError(
+            "student.expand.implementation: expected layers whose branches are one convolution for 'fused', found "
+            f"{few(found)}; set auto, or leave their type out of conv_types"
+        )
 
 
-def _find(model: nn.Module, example_input: Tensor) -> Found:
+def _why_not_fused(model: nn.Module, pair: Pair) -> str:
+    conv = model.get_submodule(pair.conv)
+    assert isinstance(conv, nn.Conv2d)
+    why = why_not_fused(conv)
+    if why or pair.conv_type != "depthwise":
+        return why
+    if torch.cuda.is_available():
+        return "" if find_spec("triton") else "needs the package triton on this machine"
+    return "" if runs_here() else "needs compiled kernels that run on this CPU"
+
+
+def _find(model: nn.Module, example_input: Tensor) -> FoundPairs:
     try:
         return find_pairs(model, example_input)
     except Exception as error:  # a model may raise anything for an input that it does not take
@@ -161,34 +183,34 @@ def _split_gamma(expanded: MultiBranchConv) -> None:
         branch.bn.bias.copy_(beta / count)
 
 
-def _report(chosen: Sequence[Pair], left_alone: Sequence[LeftAlone]) -> None:
-    level = logging.WARNING if any(conv.reason == SHARED for conv in left_alone) else logging.INFO
+def _report(chosen: Sequence[Pair], unpaired: Sequence[Unpaired]) -> None:
+    level = logging.WARNING if any(conv.reason == READ_MORE_THAN_ONCE for conv in unpaired) else logging.INFO
     text = "student.expand: convolutions with branches: %s; left alone: %s"
-    _logger.log(level, text, _counts(chosen), _listing(left_alone))
-    if not runs_here() and any(pair.kind == "depthwise" for pair in chosen):
+    _logger.log(level, text, _counts(chosen), _listing(unpaired))
+    if not runs_here() and any(pair.conv_type == "depthwise" for pair in chosen):
         _logger.info("student.expand: depthwise branches train separately on this CPU: it has no compiled kernels")
 
 
-def _counts(convs: Sequence[Pair | LeftAlone]) -> str:
+def _counts(convs: Sequence[Pair | Unpaired]) -> str:
     """'17 depthwise, 34 pointwise' or 'none'."""
-    counts = Counter(conv.kind for conv in convs)
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
+    counts = Counter(conv.conv_type for conv in convs)
+    return ", ".join(f"{count} {conv_type}" for conv_type, count in sorted(counts.items())) or "none"
 
 
-def _listing(left_alone: Sequence[LeftAlone]) -> str:
+def _listing(unpaired: Sequence[Unpaired]) -> str:
     """What was left alone, by reason."""
     names: dict[str, list[str]] = {}
-    for conv in left_alone:
+    for conv in unpaired:
         names.setdefault(conv.reason, []).append(conv.conv)
     return ", ".join(f"{len(convs)} {reason} ({few(convs)})" for reason, convs in names.items()) or "none"
 
 
 def _nothing_to_expand(
-    model: nn.Module, found: Found, branches: int, conv_types: Collection[str], scale_branch: bool, identity: bool
+    model: nn.Module, found: FoundPairs, branches: int, conv_types: Collection[str], scale_branch: bool, identity: bool
 ) -> str:
     return (
         f"student.expand: expected convolution -> batch norm pairs of kind {' or '.join(conv_types)} in "
         f"{type(model).__name__} that gain from branches={branches}, scale_branch={scale_branch}, identity={identity}; "
-        f"found pairs: {_counts(found.pairs)}; convolutions left alone: {_listing(found.left_alone)}; "
+        f"found pairs: {_counts(found.pairs)}; convolutions left alone: {_listing(found.unpaired)}; "
         "change conv_types or branches, or set student.expand to null"
     )

@@ -52,11 +52,11 @@ def plain_pair(expanded: MultiBranchConv) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """A convolution and a batch norm, of the types that they had before expand, that do what `expanded` does."""
     kernel, bias = affine_of_sum(expanded)
     plain, first = expanded.plain, expanded.conv_bns()[0]
-    conv = _materialised(plain.conv, first.conv)
+    conv = _materialized(plain.conv, first.conv)
     conv.weight.copy_(kernel)
     if conv.bias is not None:
         conv.bias.zero_()
-    bn = _materialised(plain.bn, first.bn)
+    bn = _materialized(plain.bn, first.bn)
     bn.load_state_dict(
         {
             "weight": torch.full_like(bias, (1.0 + bn.eps) ** 0.5),
@@ -112,7 +112,7 @@ def identity_kernel(conv: nn.Conv2d) -> Tensor:
     return torch.eye(per_group, dtype=torch.float64).repeat(conv.groups, 1)[:, :, None, None]
 
 
-def _materialised(template: _M, like: _M) -> _M:
+def _materialized(template: _M, like: _M) -> _M:
     """A copy of a template on the meta device, with memory of the device, dtype and mode of `like`."""
     module = copy.deepcopy(template).to_empty(device=like.weight.device)
     return module.to(like.weight.dtype).train(like.training)

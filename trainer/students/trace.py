@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from softshard.trainer.students.branches import MultiBranchConv
 
-Kind = Literal["depthwise", "pointwise", "grouped", "dense"]
+ConvType = Literal["depthwise", "pointwise", "grouped", "dense"]
 PlainModule = nn.Conv2d | nn.BatchNorm2d
 
 # Exact types, not subclasses: a subclass may compute something else from its weight (weight standardization, a
-# parametrisation, statistics of splits), which the algebra of fold would not know.
+# parametrization, statistics of splits), which the algebra of fold would not know.
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
@@ -50,7 +50,7 @@ OWN_ARITHMETIC = "that compute something of their own or pad with other values t
 SEVERAL_NAMES = "known under several names"
 NOT_RUN = "that did not run"
 NO_BATCH_NORM = "without a batch norm that can be folded"
-SHARED = "whose weight, output or batch norm is read more than once"
+READ_MORE_THAN_ONCE = "whose weight, output or batch norm is read more than once"
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,26 @@ class Pair:
 
     conv: str
     bn: str
-    kind: Kind
+    conv_type: ConvType
 
 
 @dataclass(frozen=True)
-class LeftAlone:
+class Unpaired:
     """A convolution, by its name in the model, that is in no pair, and the reason, one of those above."""
 
     conv: str
-    kind: Kind
+    conv_type: ConvType
     reason: str
 
 
-class Found(NamedTuple):
+class FoundPairs(NamedTuple):
     """The pairs, in the order of their execution, and every other convolution."""
 
     pairs: list[Pair]
-    left_alone: list[LeftAlone]
+    unpaired: list[Unpaired]
 
 
-def find_pairs(model: nn.Module, example_input: Tensor) -> Found:
+def find_pairs(model: nn.Module, example_input: Tensor) -> FoundPairs:
     """The conv -> batch norm pairs of `model` that can be expanded and folded, and why its other convolutions cannot.
 
     `example_input` (what the model takes, on its device and in its dtype; one image is enough) is run once in
@@ -98,15 +98,15 @@ def find_pairs(model: nn.Module, example_input: Tensor) -> Found:
             reasons[conv] = NO_BATCH_NORM if reads.count(conv.weight) else NOT_RUN
     pairs = []
     for conv, bn, output in joined:
-        reasons[conv] = SHARED
+        reasons[conv] = READ_MORE_THAN_ONCE
         if all(reads.count(tensor) == 1 for tensor in (output, conv.weight, bn.weight)):
-            pairs.append(Pair(candidates[conv], candidates[bn], conv_kind(conv)))
+            pairs.append(Pair(candidates[conv], candidates[bn], type_of(conv)))
             del reasons[conv]
     names = {module: name for name, module in model.named_modules()}
-    return Found(pairs, [LeftAlone(names[conv], conv_kind(conv), reason) for conv, reason in reasons.items()])
+    return FoundPairs(pairs, [Unpaired(names[conv], type_of(conv), reason) for conv, reason in reasons.items()])
 
 
-def conv_kind(conv: nn.Conv2d) -> Kind:
+def type_of(conv: nn.Conv2d) -> ConvType:
     """depthwise: one group for each input channel; pointwise: 1 x 1 in one group; else grouped or dense."""
     if conv.groups == 1:
         return "pointwise" if conv.kernel_size == (1, 1) else "dense"

@@ -18,7 +18,6 @@ from gpu_stages.stage import COMPILER, Check, Outcome, Setting, one_line
 from gpu_stages.timing import is_broken, synchronize
 from softshard.trainer.students.branches import MultiBranchConv
 from softshard.trainer.students.fused import depthwise
-from softshard.trainer.students.fused.dispatch import trains_as_one
 
 # What one convolution may lose of a tensor at least, relative to its largest entry; where separate branches lose more,
 # TIMES as much.
@@ -149,7 +148,7 @@ def _errors(case: Case, precision: str, device: str, outcome: Outcome) -> dict[s
     x = batch(*case.images, mean=case.mean).to(HALVES.get(precision, torch.float32))
     expected = step(rounded(forms, torch.float64).separate, x.double())
     layers = [form.to(device) for form in forms]
-    form = _form_here(layers[0], x.to(device))
+    form = layers[0].form_for(x.to(device))
     outcome.expect(form == case.form, f"{case.name}: expected to train as {case.form}, found {form}")
     found = (_step_on(layer, x, expected["d y"], precision, device) for layer in layers)
     ours, separate = (errors(results, expected, of_layer=True) for results in found)
@@ -158,11 +157,6 @@ def _errors(case: Case, precision: str, device: str, outcome: Outcome) -> dict[s
         problem = f"{case.name}, {precision}, {name}: error {ours[name]:.1e} (separate branches {separate[name]:.1e})"
         outcome.expect(ours[name] <= limit, problem)
     return {name: (ours[name], separate[name]) for name in ours}
-
-
-def _form_here(layer: MultiBranchConv, x: Tensor) -> str | None:
-    as_one = layer.form is not None and trains_as_one(layer.form, layer.plain.conv, x, layer.norms())
-    return layer.form if as_one else None
 
 
 def _step_on(layer: MultiBranchConv, x: Tensor, dy: Tensor, precision: str, device: str) -> Results:

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from helpers.small_weights import calibrate, randomise
+from helpers.small_weights import calibrate, randomize
 from torch import Tensor, nn
 
 from gpu_stages.numerics.layers import float32_by, interpreted
@@ -33,7 +33,7 @@ def checks(setting: Setting) -> list[Check]:
 
 def check_fold(setting: Setting, name: str) -> Outcome:
     """In evaluation: the expanded student and the folded one on the device, and folded there, against float64."""
-    model, x = randomise(_student(setting, name, "auto")), _images(setting, 8)
+    model, x = randomize(_student(setting, name, "auto")), _images(setting, 8)
     calibrate(model, x)
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())

@@ -74,7 +74,7 @@ def feeding(setting: Setting) -> Outcome:
 
 
 def _student(setting: Setting, scale: Scale, feed: Feed, reference: Feed, step: Step) -> dict[str, Any]:
-    """Figures of one student; data_wait is the share of the time in which it waits for images."""
+    """Figures of one student; data_wait is the part of the time in which it waits for images."""
     batch = next(iter(feed.batches(1)))
     batch = batch._replace(images=batch.images.clone())
     alone = cost_or_why(lambda: lambda: step(batch), setting.device, max(3, scale.batches // 3))
@@ -87,7 +87,7 @@ def _student(setting: Setting, scale: Scale, feed: Feed, reference: Feed, step: 
 
 
 def rate(setting: Setting, scale: Scale, feed: Feed, step: Step) -> tuple[float, float]:
-    """Images a second, and the share of the time spent in waiting for them, once the first batches are through."""
+    """Images a second, and the part of the time spent in waiting for them, once the first batches are through."""
     started = waited = 0.0
     for number, batch in enumerate(feed.batches()):
         if number == scale.warm:

@@ -85,21 +85,21 @@ def _seconds(training: Training) -> float:
 class CapturedStep:
     """A training's step with its passes, or all of it, in a CUDA graph; on a CPU the same calls without a capture.
 
-    Labels come from memory to places on the device that the graph reads. The passes alone are captured for good:
+    Labels come from memory to tensors on the device that the graph reads. The passes alone are captured for good:
     learning rate, moments and average are those of every update. timm's LAMB takes its rate and bias corrections from
     the host, so all of it in one graph repeats one update's: no way to train, but the time that such a way would take.
     """
 
     def __init__(self, training: Training, everything: bool) -> None:
         self._training, self._everything = training, everything
-        self._places = [part.to(training.device) for part in self._labels()]
+        self._inputs = [part.to(training.device) for part in self._labels()]
         self.loss = torch.zeros(())
         self._replay, self.mib = captured(self._run, training.device.type)
 
     def __call__(self) -> Tensor:
-        for place, part in zip(self._places, self._labels(), strict=True):
-            pinned = part.pin_memory() if place.is_cuda else part
-            place.copy_(pinned, non_blocking=True)
+        for given, part in zip(self._inputs, self._labels(), strict=True):
+            pinned = part.pin_memory() if given.is_cuda else part
+            given.copy_(pinned, non_blocking=True)
         self._replay()
         if not self._everything:
             self._training.update()
@@ -112,7 +112,7 @@ class CapturedStep:
     def _run(self) -> None:
         training = self._training
         training.optimizer.zero_grad()  # gradients to be made in the graph's own memory, and written there each time
-        index, gap, tail, template = self._places
+        index, gap, tail, template = self._inputs
         self.loss = training.passes(decode(index, gap, tail, training.size.classes, TEMPERATURE, template))
         if self._everything:
             training.update()

@@ -18,7 +18,6 @@ from softshard.trainer.losses import distillation_loss
 from softshard.trainer.student import Student
 from softshard.trainer.students import build_student, expand
 from softshard.trainer.students.branches import MultiBranchConv
-from softshard.trainer.students.fused.dispatch import trains_as_one
 
 # The values of configs/train/; the learning rate is one of the first epoch's, from which no start diverges.
 ALPHA, SMOOTHING, DECAY, WEIGHT_DECAY, LR = 0.9, 0.1, 0.9999, 0.05, 1e-3
@@ -142,10 +141,8 @@ def layers_by_form(training: Training) -> dict[str, int]:
 
     def ask(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(module, MultiBranchConv)
-        form, conv = module.form, module.plain.conv
-        as_one = form is not None and trains_as_one(form, conv, arguments[0], module.norms())
-        on_cpu = arguments[0].device.type == "cpu" and form in ("depthwise", "triton")
-        counts[SEPARATE if not as_one else IN_C if on_cpu else str(form)] += 1
+        form, on_cpu = module.form_for(arguments[0]), arguments[0].device.type == "cpu"
+        counts[SEPARATE if form is None else IN_C if on_cpu and form in ("depthwise", "triton") else form] += 1
 
     layers = [module for module in training.student.modules() if isinstance(module, MultiBranchConv)]
     hooks = [layer.register_forward_pre_hook(ask) for layer in layers]

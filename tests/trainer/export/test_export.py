@@ -18,6 +18,7 @@ import timm
 import torch
 import torchvision.models
 from helpers.small_runs import digits, make_inputs, train_recipe, write_run
+from huggingface_hub import ModelCard
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
@@ -252,7 +253,10 @@ class TestCard:
 
     def test_it_has_the_figures(self, folder: Path) -> None:
         text, exported = (folder / "README.md").read_text(), open_exported(folder)
-        assert text.startswith("---\nlibrary_name: timm\n")
+        header = ModelCard(text).data
+        assert (header.library_name, header.pipeline_tag) == ("timm", "image-classification")
+        assert header.tags == ["image-classification", "timm", "softshard"]
+        assert header.license is None
         assert f"{exported.folded.parameters:,} parameters" in text
         for name, figures in exported.formats.items():
             assert f"| {name} | {figures.file} | {figures.bytes:,} | {figures.top1:.2f} % |" in text

@@ -240,7 +240,7 @@ class Evil:
 NOT_TENSORS = "expected a .safetensors file, or a .pth file of tensors only, found: "
 ALONE = "save the state_dict alone"
 STARTS = [
-    ("none.pth", None, "expected a file of student weights, found none; correct the path"),
+    ("none.pth", None, "expected a file of weights, found none; correct the path"),
     ("evil.pth", {"state_dict": Evil()}, f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),
     ("list.pth", [1], f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),
     ("broken.pth", b"x" * 100, f"{NOT_TENSORS}*; pickled code is not read: {ALONE}"),

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from helpers.small_students import ALL_KINDS, difference, each_model, expanded, images, small, small_images, stock
-from helpers.small_weights import calibrate, grad, randomise
+from helpers.small_students import ALL_CONV_TYPES, difference, each_model, expanded, images, small, small_images, stock
+from helpers.small_weights import calibrate, grad, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
@@ -26,7 +26,7 @@ def test_expand_changes_nothing_before_the_first_step(name, implementation):
     separate = implementation == "separate"
     dtype = torch.float32 if separate else torch.float64
     x = images(name, 4).to(dtype)
-    plain = calibrate(randomise(stock(name)).to(dtype), x)
+    plain = calibrate(randomize(stock(name)).to(dtype), x)
     copied = copy.deepcopy(plain)
     kept = dict(copied.named_parameters()) | dict(
         copied.named_buffers()
@@ -50,7 +50,7 @@ def test_expand_changes_nothing_before_the_first_step(name, implementation):
 def test_every_branch_learns(name):
     """At gamma 0 only the gammas of the new branches have gradients; these must differ between branches, or all would
     stay copies of one another."""
-    model = expanded(calibrate(randomise(stock(name)), images(name, 4)), name).train()
+    model = expanded(calibrate(randomize(stock(name)), images(name, 4)), name).train()
     model(images(name, 4)).square().sum().backward()
     for module in model.modules():
         if isinstance(module, MultiBranchConv):
@@ -62,10 +62,10 @@ def test_every_branch_learns(name):
 @pytest.mark.parametrize("branches", [1, 2, 3])
 def test_split_gammas_change_nothing_before_the_first_step(branches):
     x = small_images()
-    plain = calibrate(randomise(small().double()), x)
+    plain = calibrate(randomize(small().double()), x)
     plain.get_parameter("5.weight").data[:3] = 0  # as at the ends of residual blocks
     copied = copy.deepcopy(plain)
-    model = expand(copied, x[:1], conv_types=ALL_KINDS, branches=branches, init="split_gamma")
+    model = expand(copied, x[:1], conv_types=ALL_CONV_TYPES, branches=branches, init="split_gamma")
     for training in (False, True, False):  # also with the statistics that a step in training leaves
         assert difference(model.train(training), plain.train(training), x) <= 1e-12
     model.train()(x).square().sum().backward()
@@ -118,7 +118,7 @@ def test_which_branches_there_are_and_where_they_lie(conv_type, stride, kernel, 
     assert len(expanded.conv_bns()) == 3
     assert (expanded.scale is not None) == (kernel > 1)
     assert (expanded.identity is not None) == (stride == 1 and same_places)
-    randomise(expanded)
+    randomize(expanded)
     for branch in expanded.conv_bns():
         nn.init.zeros_(branch.bn.weight)
     kernel_of_others, _ = affine_of_sum(expanded)
@@ -138,7 +138,7 @@ def test_pairs_that_gain_nothing_stay_plain():
     assert [name for name, module in model.named_modules() if isinstance(module, MultiBranchConv)] == ["4"]
 
 
-KINDS = "depthwise, pointwise, grouped, dense"
+TYPES = "depthwise, pointwise, grouped, dense"
 NOTHING = (
     "student.expand: expected convolution -> batch norm pairs of kind {} in Sequential that gain from {}; found pairs: "
     "1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none; change conv_types or branches, or set "
@@ -150,11 +150,14 @@ NOTHING = (
     ("arguments", "message"),
     [
         ({"branches": 0}, "student.expand.branches: expected at least 1, found 0"),
-        ({"conv_types": ["depthwise", "dw"]}, f"student.expand.conv_types: expected some of {KINDS}, found 'dw'"),
-        ({"conv_types": []}, f"student.expand.conv_types: expected a list with some of {KINDS}, found []"),
+        (
+            {"conv_types": ["depthwise", "dw"]},
+            f"student.expand.conv_types: expected some of {TYPES}, found 'dw'",
+        ),
+        ({"conv_types": []}, f"student.expand.conv_types: expected a list with some of {TYPES}, found []"),
         (
             {"conv_types": "depthwise"},
-            f"student.expand.conv_types: expected a list with some of {KINDS}, found 'depthwise'",
+            f"student.expand.conv_types: expected a list with some of {TYPES}, found 'depthwise'",
         ),
         ({"conv_types": ["grouped"]}, NOTHING.format("grouped", "branches=3, scale_branch=True, identity=True")),
         (
@@ -170,6 +173,12 @@ NOTHING = (
             {"implementation": "triton"},
             "student.expand.implementation: expected the package triton for 'triton', found that it is not installed; "
             "pip install triton, or set auto",
+        ),
+        (
+            {"implementation": "fused", "conv_types": ["dense", "pointwise"]},
+            "student.expand.implementation: expected layers whose branches are one convolution for 'fused', found 0, "
+            "which is neither pointwise without padding nor depthwise with as many outputs as inputs; set auto, or "
+            "leave their type out of conv_types",
         ),
         (
             {"example_input": torch.randn(1, 4, 9, 9)},
@@ -188,3 +197,20 @@ def test_bad_arguments_leave_the_model_alone(arguments, message, monkeypatch):
         expand(model, **{"example_input": torch.randn(1, 3, 17, 19), **arguments})
     assert str(error.value) == message
     assert repr(model) == repr(small())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "needed"),
+    [(False, "compiled kernels that run on this CPU"), (True, "the package triton on this machine")],
+)
+def test_fused_layers_need_kernels_of_this_machine(monkeypatch, gpu, needed):
+    module = sys.modules["softshard.trainer.students.expand"]
+    monkeypatch.setattr(module, "runs_here", lambda: False)
+    monkeypatch.setattr(module, "find_spec", lambda package: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    model = small()
+    message = rf"expected layers whose branches are one convolution for 'fused', found 2, which needs {needed}; set"
+    with pytest.raises(RecipeError, match=message):
+        expand(model, torch.randn(1, 3, 17, 19), implementation="fused")
+    assert repr(model) == repr(small())
+    expand(model, torch.randn(1, 3, 17, 19), implementation="fused", conv_types=["pointwise"])

@@ -18,7 +18,7 @@ from helpers.small_students import (
     train,
     trained,
 )
-from helpers.small_weights import randomise
+from helpers.small_weights import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame
@@ -93,7 +93,7 @@ def expanded_pair(conv, bn, **wanted):
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_layer_starts_equal_and_folds_exactly(layer):
     conv, bn, x, wanted = layer
-    plain = randomise(nn.Sequential(conv, bn)).double()
+    plain = randomize(nn.Sequential(conv, bn)).double()
     x = x.double()
     expanded = expanded_pair(*copy.deepcopy(plain), **wanted)
     for training in (True, False):
@@ -102,7 +102,7 @@ def test_any_layer_starts_equal_and_folds_exactly(layer):
     assert expanded[0].identity is None or wanted["identity"]
     norms = [module for module in expanded.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(bn.eps, bn.momentum)}
-    folded = fold(randomise(expanded, seed=2))
+    folded = fold(randomize(expanded, seed=2))
     reference = expanded(x)
     torch.testing.assert_close(folded(x), reference, rtol=0, atol=1e-12 * max(reference.abs().max().item(), 1.0))
     assert repr(folded) == repr(plain)
@@ -208,5 +208,5 @@ def test_expand_in_two_goes_and_again_after_fold():
     expand(model, small_images()[:1], branches=4)
     counts = [len(module.conv_bns()) for module in model.modules() if isinstance(module, MultiBranchConv)]
     assert counts == [2, 4, 4]
-    again = expand(fold(train(randomise(model), 1)), small_images()[:1])
+    again = expand(fold(train(randomize(model), 1)), small_images()[:1])
     assert_folds_into_a_stock_model(train(again, 1))

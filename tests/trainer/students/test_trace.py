@@ -19,8 +19,8 @@ from softshard.trainer.students.trace import (
     NOT_RUN,
     OWN_ARITHMETIC,
     OWN_BRANCHES,
+    READ_MORE_THAN_ONCE,
     SEVERAL_NAMES,
-    SHARED,
     find_pairs,
 )
 
@@ -98,45 +98,45 @@ TOYS = {
     "shared conv": (
         lambda: {"conv": conv(), "bn": bn(), "bn2": bn()},
         lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv(x)),
-        SHARED,
+        READ_MORE_THAN_ONCE,
     ),
     "shared bn": (
         lambda: {"conv": conv(), "conv2": conv(), "bn": bn()},
         lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv2(x)),
-        SHARED,
+        READ_MORE_THAN_ONCE,
     ),
-    "tied weights": (tied, lambda m, x: m.bn(m.conv(x)) + m.bn2(m.second(x)), SHARED),
+    "tied weights": (tied, lambda m, x: m.bn(m.conv(x)) + m.bn2(m.second(x)), READ_MORE_THAN_ONCE),
     "two names": (twice_named, in_sequence, SEVERAL_NAMES),
     "two bns": (
         lambda: {"conv": conv(), "bn": bn(), "bn2": bn()},
         lambda m, x: (lambda y: m.bn(y) + m.bn2(y))(m.conv(x)),
-        SHARED,
+        READ_MORE_THAN_ONCE,
     ),
     "output read twice": (
         lambda: {"conv": conv(), "bn": bn()},
         lambda m, x: (lambda y: m.bn(y) + y.sigmoid())(m.conv(x)),
-        SHARED,
+        READ_MORE_THAN_ONCE,
     ),
     "output returned": (
         lambda: {"conv": conv(), "bn": bn()},
         lambda m, x: (lambda y: {"a": [y], "b": m.bn(y)})(m.conv(x)),
-        SHARED,
+        READ_MORE_THAN_ONCE,
     ),
     "weight read elsewhere": (
         lambda: {"conv": conv(), "bn": bn()},
         lambda m, x: m.bn(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1, groups=4),
-        SHARED,
+        READ_MORE_THAN_ONCE,
     ),
     "no bn": (lambda: {"conv": conv()}, lambda m, x: m.conv(x), NO_BATCH_NORM),
     "something between": (lambda: {"conv": conv(), "bn": bn()}, lambda m, x: m.bn(m.conv(x).relu()), NO_BATCH_NORM),
     "dropout between": (
         lambda: {"conv": conv(), "drop": nn.Dropout(), "bn": bn()},
         lambda m, x: m.bn(m.drop(m.conv(x))),
-        SHARED,  # in evaluation mode dropout returns the very tensor, but reads it
+        READ_MORE_THAN_ONCE,  # in evaluation mode dropout returns the very tensor, but reads it
     ),
     "subclass that does more": (lambda: {"conv": Doubled(4, 4, 1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
     "standardized weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
-    "parametrised weight": (
+    "parametrized weight": (
         lambda: {"conv": nn.utils.parametrizations.weight_norm(conv()), "bn": bn()},
         in_sequence,
         OWN_ARITHMETIC,
@@ -166,18 +166,18 @@ TOYS = {
 @pytest.mark.parametrize("toy", TOYS)
 def test_pairs_of_toys(toy):
     modules, run, expected = TOYS[toy]
-    pairs, left_alone = find_pairs(Toy(run, **modules()), torch.randn(2, 4, 8, 8))
+    pairs, unpaired = find_pairs(Toy(run, **modules()), torch.randn(2, 4, 8, 8))
     if isinstance(expected, list):
         assert [(pair.conv, pair.bn) for pair in pairs] == expected
     else:
         assert not pairs
-        assert {conv.reason for conv in left_alone} == {expected}
+        assert {conv.reason for conv in unpaired} == {expected}
 
 
 @each_model
 def test_pairs_of_models(name):
     pairs, _ = find_pairs(stock(name), images(name, 1))
-    assert Counter(pair.kind for pair in pairs) == MODELS[name][2]
+    assert Counter(pair.conv_type for pair in pairs) == MODELS[name][2]
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -207,13 +207,13 @@ def test_trace_leaves_no_trace(broken):
 
 def test_every_convolution_is_in_a_pair_or_left_alone_for_a_reason():
     model = stock("ghostnetv2_100")
-    pairs, left_alone = find_pairs(model, images("ghostnetv2_100", 1))
+    pairs, unpaired = find_pairs(model, images("ghostnetv2_100", 1))
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    assert sorted([pair.conv for pair in pairs] + [conv.conv for conv in left_alone]) == sorted(names)
-    assert {conv.reason for conv in left_alone} == {NO_BATCH_NORM}  # squeeze-and-excitation and the head
+    assert sorted([pair.conv for pair in pairs] + [conv.conv for conv in unpaired]) == sorted(names)
+    assert {conv.reason for conv in unpaired} == {NO_BATCH_NORM}  # squeeze-and-excitation and the head
     again = find_pairs(expand(model, images("ghostnetv2_100", 1)), images("ghostnetv2_100", 1))
-    assert [pair.kind for pair in again.pairs] == ["dense"]
-    assert again.left_alone == left_alone
+    assert [pair.conv_type for pair in again.pairs] == ["dense"]
+    assert again.unpaired == unpaired
 
 
 def test_a_transformer_has_nothing_to_expand():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.small_students import assert_folds_into_a_stock_model, difference, small_expanded, small_images
-from helpers.small_weights import calibrate, grad, randomise
+from helpers.small_weights import calibrate, grad, randomize
 from helpers.workers import FORKS
 from timm.layers.norm_act import BatchNormAct2d
 from torch import distributed, nn
@@ -31,7 +31,7 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_mixed_precision_keeps_statistics_and_weights_in_float32():
-    model = calibrate(randomise(expand(stock(), images(1))), images(8))
+    model = calibrate(randomize(expand(stock(), images(1))), images(8))
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -50,7 +50,7 @@ def test_mixed_precision_keeps_statistics_and_weights_in_float32():
 
 
 def test_channels_last_computes_the_same():
-    model = calibrate(randomise(expand(stock(), images(1))).double(), images(8).double())
+    model = calibrate(randomize(expand(stock(), images(1))).double(), images(8).double())
     x = images(4, seed=2).double()
     other = copy.deepcopy(model).to(memory_format=torch.channels_last)
     y = x.to(memory_format=torch.channels_last)
@@ -72,7 +72,7 @@ def test_channels_last_computes_the_same():
 def test_gradient_checkpointing_is_what_it_is_in_the_plain_model():
     """It runs blocks twice, so that running statistics move twice: in stock timm and here alike. (Through one
     convolution those of a block's last layer move once, since the second run ends there, before the update.)"""
-    plain: Any = calibrate(randomise(stock()), images(8)).double().train()
+    plain: Any = calibrate(randomize(stock()), images(8)).double().train()
     plain.set_grad_checkpointing()
     kept = copy.deepcopy(plain)
     names = {**dict(kept.named_buffers()), **dict(kept.named_parameters())}
@@ -124,7 +124,7 @@ def test_two_processes_train_one_student(tmp_path: Path):
     for model, state in zip(models, (one, two), strict=True):
         model.load_state_dict(state, strict=True)
         assert_folds_into_a_stock_model(model.eval())
-    start = randomise(small_expanded(seed=0))
+    start = randomize(small_expanded(seed=0))
     for (key, a), b, before in zip(
         models[0].named_parameters(), models[1].parameters(), start.parameters(), strict=True
     ):
@@ -135,7 +135,7 @@ def test_two_processes_train_one_student(tmp_path: Path):
 
 def train_in_a_process(rank: int, folder: Path) -> None:
     """Three steps of DDP, which stops at parameters without gradients; each process has images of its own."""
-    model = DistributedDataParallel(randomise(small_expanded(seed=rank)))  # rank 0's weights for all
+    model = DistributedDataParallel(randomize(small_expanded(seed=rank)))  # rank 0's weights for all
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(3):
         optimizer.zero_grad()
@@ -174,7 +174,16 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(tmp_path: Path):
     """Two processes with five and three images and SyncBatchNorm, which the convolution of all branches takes over:
     outputs, statistics and averaged gradients of one process with all eight and separate branches."""
     results = in_two_processes(a_synchronized_step_in_a_process, tmp_path)
-    model = narrow("separate")
+    assert_whole_batch(results, narrow("separate"))
+
+
+def test_synchronized_statistics_of_layers_that_must_be_fused(tmp_path: Path):
+    """A layer whose branches would be stacked trains in closed form: stacked ones would need torch's SyncBatchNorm."""
+    results = in_two_processes(a_synchronized_step_of_fused_layers_in_a_process, tmp_path)
+    assert_whole_batch(results, narrow("separate", wide=True))
+
+
+def assert_whole_batch(results: list[dict[str, torch.Tensor]], model: nn.Module) -> None:
     y = model(torch.cat(parts()))
     (y.sub(1).square().sum() / 2).backward()  # the average over two processes
     assert_near(torch.cat([result["y"] for result in results]), y.detach())
@@ -187,7 +196,14 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(tmp_path: Path):
 
 def a_synchronized_step_in_a_process(rank: int, folder: Path) -> None:
     """Averages gradients by itself, since DistributedDataParallel refuses SyncBatchNorm on a CPU, too."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(narrow())
+    synchronized_step(nn.SyncBatchNorm.convert_sync_batchnorm(narrow()), rank, folder)
+
+
+def a_synchronized_step_of_fused_layers_in_a_process(rank: int, folder: Path) -> None:
+    synchronized_step(nn.SyncBatchNorm.convert_sync_batchnorm(narrow("fused", wide=True)), rank, folder)
+
+
+def synchronized_step(model: nn.Module, rank: int, folder: Path) -> None:
     y = model(parts()[rank])
     y.sub(1).square().sum().backward()
     for parameter in model.parameters():
@@ -195,18 +211,21 @@ def a_synchronized_step_in_a_process(rank: int, folder: Path) -> None:
     save_step(model, y, folder / f"{rank}.pt")
 
 
-def narrow(implementation: str = "auto") -> nn.Module:
+def narrow(implementation: str = "auto", wide: bool = False) -> nn.Module:
+    """Four layers of branches, with `wide` a fifth whose input is wide."""
     torch.manual_seed(0)
     plain = nn.Sequential(
         *(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=True), BatchNormAct2d(6)),
         *(nn.Conv2d(6, 20, 1, bias=False), nn.BatchNorm2d(20)),
         *(nn.Conv2d(20, 20, 5, 2, 2, groups=20, bias=False), BatchNormAct2d(20, act_layer=nn.ReLU6)),
         *(nn.Conv2d(20, 20, 1, bias=True), nn.BatchNorm2d(20)),
+        *((nn.Conv2d(20, 4, 1, bias=False), nn.BatchNorm2d(4)) if wide else ()),
     )
     model = expand(plain, torch.randn(1, 6, 9, 8), implementation=implementation)
     forms = [module.form for module in model.modules() if isinstance(module, MultiBranchConv)]
-    assert forms == (["depthwise", "closed"] * 2 if implementation == "auto" else [None] * 4)
-    return randomise(model).double().train()
+    expected = {"auto": ["depthwise", "closed"] * 2, "fused": ["triton", "closed"] * 2, "separate": [None] * 4}
+    assert forms == expected[implementation] + ([None if implementation == "separate" else "stacked"] if wide else [])
+    return randomize(model).double().train()
 
 
 def parts() -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import timm.models
 from torch import nn
 
 from softshard.pipeline.runtime.errors import DataError, FormatError
+from softshard.teachers.weights import WeightsError, load_weights, read_weights
 from softshard.trainer.export.formats.contract import Job
 from softshard.trainer.students import build_student
 
@@ -44,17 +45,17 @@ def load_folder(folder: Path) -> nn.Module:
         )
     try:
         config = json.loads((folder / CONFIG).read_text())
-        if config.get("library") == "torchvision":
-            return _load_torchvision(config, folder)
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
+        of_torchvision = config.get("library") == "torchvision"
+        network = _torchvision_network(config) if of_torchvision else timm.create_model(f"local-dir:{folder}")
+        load_weights(network, read_weights(folder / WEIGHTS), WEIGHTS, remedy="restore the folder")
+        return network
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, WeightsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FormatError(f"{folder}: expected a model that loads, found: {reason}; export again") from None
 
 
-def _load_torchvision(config: dict[str, Any], folder: Path) -> nn.Module:
+def _torchvision_network(config: dict[str, Any]) -> nn.Module:
     network = build_student(config["architecture"], config["num_classes"], library="torchvision")
-    network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     # where timm's models have theirs, so that one function finds mean and std of both
     network.pretrained_cfg = config["pretrained_cfg"]
     return network

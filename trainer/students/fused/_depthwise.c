@@ -45,10 +45,10 @@ typedef struct {
     Run *run;
 } Runs;
 
-static uint64_t taps_at(int64_t place, int64_t outputs, int64_t kernel, int64_t stride, int64_t before) {
+static uint64_t taps_at(int64_t position, int64_t outputs, int64_t kernel, int64_t stride, int64_t before) {
     uint64_t taps = 0;
     for (int64_t t = 0; t < kernel; t++) {
-        const int64_t start = place + before - t;
+        const int64_t start = position + before - t;
         if (start >= 0 && start % stride == 0 && start / stride < outputs) taps |= (uint64_t)1 << t;
     }
     return taps;
@@ -58,12 +58,12 @@ static Runs find_runs(int64_t size, int64_t outputs, int64_t kernel, int64_t str
     Runs runs = {0, malloc((size_t)size * sizeof(Run))};
     if (!runs.run) return runs;
     for (int64_t first = 0; first < stride; first++)
-        for (int64_t place = first; place < size; place += stride) {
-            const uint64_t taps = taps_at(place, outputs, kernel, stride, before);
-            if (place > first && runs.run[runs.count - 1].taps == taps)
+        for (int64_t position = first; position < size; position += stride) {
+            const uint64_t taps = taps_at(position, outputs, kernel, stride, before);
+            if (position > first && runs.run[runs.count - 1].taps == taps)
                 runs.run[runs.count - 1].count++;
             else
-                runs.run[runs.count++] = (Run){place, stride, 1, taps};
+                runs.run[runs.count++] = (Run){position, stride, 1, taps};
         }
     return runs;
 }
@@ -111,10 +111,10 @@ typedef struct {
 } Activation;
 
 /* What the gradient of the input needs: branches, kernel [taps, channels], weight [branches, taps, channels],
-share [branches, channels], offset [taps, channels], mean [channels]. */
+q_factor [branches, channels], offset [taps, channels], mean [channels]. */
 typedef struct {
     int64_t branches;
-    const double *kernel, *weight, *share, *offset, *mean;
+    const double *kernel, *weight, *q_factor, *offset, *mean;
 } Algebra;
 
 #define REAL double

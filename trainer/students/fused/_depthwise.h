@@ -293,10 +293,10 @@ EXPORTED int32_t NAME(softshard_depthwise_correlate)(const Shape *s, int64_t fir
     return status;
 }
 
-/* What a stencil reads: taps of the input, then taps of the gradient, each a place and a coefficient. */
+/* What a stencil reads: taps of the input, then taps of the gradient, each a position and a coefficient. */
 typedef struct {
     int64_t inner, outer;
-    const int64_t *inner_place, *outer_place;
+    const int64_t *inner_position, *outer_position;
     const VECTOR *coefficient; /* the constant first */
     Activation limits;
 } NAME(Stencil);
@@ -307,12 +307,12 @@ INLINE void NAME(stencil_at)(const NAME(Stencil) *of, const VECTOR *x, int64_t x
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) v[i] = of->coefficient[0];
     for (int64_t t = 0; t < of->inner; t++) {
-        const VECTOR weight = of->coefficient[1 + t], *p = x + of->inner_place[t];
+        const VECTOR weight = of->coefficient[1 + t], *p = x + of->inner_position[t];
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) v[i] += weight * p[i * xs];
     }
     for (int64_t t = 0; t < of->outer; t++) {
-        const VECTOR weight = of->coefficient[1 + of->inner + t], *p = g + of->outer_place[t];
+        const VECTOR weight = of->coefficient[1 + of->inner + t], *p = g + of->outer_position[t];
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) v[i] += weight * p[i * gs];
     }
@@ -385,8 +385,8 @@ EXPORTED int32_t NAME(softshard_depthwise_forward)(const Shape *s, int64_t first
     VECTOR *buffer = zeros(BLOCKS * block * BYTES), *coefficient = zeros(BLOCKS * (1 + taps) * BYTES);
     const int32_t status = buffer && coefficient ? 0 : FAILED;
     const VECTOR nothing[BLOCKS] = {{0}};
-    int64_t place[taps];
-    for (int64_t t = 0; t < taps; t++) place[t] = t / kw * width + t % kw;
+    int64_t position[taps];
+    for (int64_t t = 0; t < taps; t++) position[t] = t / kw * width + t % kw;
     for (int64_t c = first; !status && c < last; c += GROUP) {
         const int64_t channels = least(GROUP, last - c), blocks = (channels + LANES - 1) / LANES;
         for (int64_t i = 0; i < channels; i++) {
@@ -407,7 +407,8 @@ EXPORTED int32_t NAME(softshard_depthwise_forward)(const Shape *s, int64_t first
                                            {s->out_height * row, row, s->channels}};
                 NAME(put)(buffer, block, width, source, channels, nothing);
                 for (int64_t b = 0; b < blocks; b++) {
-                    const NAME(Stencil) stencil = {taps, 0, place, NULL, coefficient + b * (1 + taps), {lower, upper}};
+                    const NAME(Stencil) stencil = {taps, 0, position, NULL, coefficient + b * (1 + taps),
+                                                   {lower, upper}};
                     NAME(stencil_over)(&stencil, buffer + b * block, buffer,
                                        result + (image * s->out_height + low) * row + c + b * LANES,
                                        least(LANES, channels - b * LANES), loops);
@@ -445,7 +446,7 @@ static void NAME(coefficients)(const Shape *s, const Algebra *of, int64_t channe
     for (int64_t i = 0; i < LANES * (inner + 1); i++) ((REAL *)to)[i] = (REAL)sums[i];
 }
 
-/* quadratic [taps, taps, LANES]: the sum over branches of share * weight * transposed weight. */
+/* quadratic [taps, taps, LANES]: the sum over branches of q_factor * weight * transposed weight. */
 static void NAME(quadratic_form)(const Shape *s, const Algebra *of, int64_t channel, int64_t lanes, double *to) {
     const int64_t taps = s->kernel_height * s->kernel_width;
     double weight[taps * LANES], scaled[taps * LANES];
@@ -455,7 +456,7 @@ static void NAME(quadratic_form)(const Shape *s, const Algebra *of, int64_t chan
         for (int64_t t = 0; t < taps; t++)
             for (int64_t lane = 0; lane < lanes; lane++) {
                 weight[t * LANES + lane] = of->weight[(b * taps + t) * s->channels + channel + lane];
-                scaled[t * LANES + lane] = weight[t * LANES + lane] * of->share[b * s->channels + channel + lane];
+                scaled[t * LANES + lane] = weight[t * LANES + lane] * of->q_factor[b * s->channels + channel + lane];
             }
         for (int64_t t = 0; t < taps; t++)
             for (int64_t u = 0; u < taps; u++)
@@ -470,9 +471,9 @@ depend on the pair of runs alone. */
 EXPORTED int32_t NAME(softshard_depthwise_backward)(const Shape *s, int64_t first, int64_t last, const REAL *x,
                                                     const REAL *gradient, const REAL *output, double lower,
                                                     double upper, const double *kernel, const double *weight,
-                                                    int64_t branches, const double *share, const double *offset,
+                                                    int64_t branches, const double *q_factor, const double *offset,
                                                     const double *mean, REAL *result) {
-    const Algebra algebra = {branches, kernel, weight, share, offset, mean};
+    const Algebra algebra = {branches, kernel, weight, q_factor, offset, mean};
     const int64_t kh = s->kernel_height, kw = s->kernel_width, taps = kh * kw, row = s->width * s->channels;
     const int64_t pitch = s->width + kw - 1, lead = kw - 1, halo = kh - 1;
     const int64_t room = 1 + (2 * kh - 1) * (2 * kw - 1) + taps;
@@ -488,7 +489,7 @@ EXPORTED int32_t NAME(softshard_depthwise_backward)(const Shape *s, int64_t firs
     double *quadratic = zeros(taps * taps * LANES * (int64_t)sizeof(double));
     const int32_t status = down.run && across.run && buffer && outer && found && quadratic ? 0 : FAILED;
     const VECTOR nothing[BLOCKS] = {{0}};
-    int64_t inner_place[room], outer_place[taps];
+    int64_t inner_position[room], outer_position[taps];
     for (int64_t c = first; !status && c < last; c += GROUP) {
         const int64_t channels = least(GROUP, last - c), blocks = (channels + LANES - 1) / LANES;
         for (int64_t b = 0; b < blocks; b++) {
@@ -521,14 +522,14 @@ EXPORTED int32_t NAME(softshard_depthwise_backward)(const Shape *s, int64_t firs
                     int64_t inner = 0, outers = 0;
                     for (int64_t y = -highest(r.taps); r.taps && y < kh - lowest(r.taps); y++)
                         for (int64_t z = -highest(q.taps); q.taps && z < kw - lowest(q.taps); z++)
-                            inner_place[inner++] = y * pitch + z;
+                            inner_position[inner++] = y * pitch + z;
                     for (int64_t t = 0; t < taps; t++)
                         if (r.taps >> (t / kw) & q.taps >> (t % kw) & 1)
-                            outer_place[outers++] =
+                            outer_position[outers++] =
                                 ((low + r.start + s->top - t / kw) / s->stride_height - outer_low) * s->out_width +
                                 (q.start + s->left - t % kw) / s->stride_width;
                     for (int64_t b = 0; b < blocks; b++) {
-                        const NAME(Stencil) stencil = {inner, outers, inner_place, outer_place,
+                        const NAME(Stencil) stencil = {inner, outers, inner_position, outer_position,
                                                        found + (b * pairs + i) * room, {-INFINITY, INFINITY}};
                         NAME(stencil_over)(&stencil,
                                            buffer + b * block + lead + (halo + r.start) * pitch + q.start,

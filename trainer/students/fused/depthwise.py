@@ -36,7 +36,8 @@ try:
 except ImportError:  # a source tree that was copied to a machine without a compiler
     _depthwise = None
 
-MOST_TAPS = 7  # rows or columns of a kernel: larger ones are cheaper as separate branches
+CHEAP_TAPS = 7  # rows or columns of a kernel: larger ones are cheaper as separate branches
+MOST_TAPS = 13  # up to which these kernels are tested
 CACHE_LINE = 64  # bytes: threads share none
 _library = ctypes.CDLL(_depthwise.__file__) if _depthwise else None
 _RUNS_HERE = _library is not None and bool(_library.softshard_depthwise_runs_here())
@@ -116,9 +117,9 @@ class DepthwiseBranches(torch.autograd.Function):
         centered = correlation - beta_gradient * patch_mean
         gamma_gradient = (weight * centered).sum(1) * deviation
         weight_gradient = factor[:, None] * (centered - (gamma_gradient * deviation)[:, None] * product)
-        share = factor * gamma_gradient * deviation / ctx.count
-        offset = (weight * (share * mean)[:, None]).sum(0)
-        arrays = (kernel, weight, share, offset, beta_gradient / ctx.count)
+        q_factor = factor * gamma_gradient * deviation / ctx.count
+        offset = (weight * (q_factor * mean)[:, None]).sum(0)
+        arrays = (kernel, weight, q_factor, offset, beta_gradient / ctx.count)
         dx = kernels.backward(x, ctx.geometry, dy, y, ctx.limits, *arrays)
         gradients = average_over_ranks(processes, weight_gradient, gamma_gradient, beta_gradient)
         return dx, *gradients, None, None, None, None
@@ -134,7 +135,7 @@ def sum_over(group: dist.ProcessGroup | None, *tensors: Tensor) -> int:
 
 
 def average_over_ranks(processes: int, *gradients: Tensor) -> tuple[Tensor, ...]:
-    """Each process's share of gradients that are sums over all processes: DistributedDataParallel averages them."""
+    """Divide gradients that are sums over all processes by their number: DistributedDataParallel averages them."""
     return gradients if processes == 1 else tuple(gradient / processes for gradient in gradients)
 
 
@@ -214,7 +215,7 @@ def _shape(x: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def _call(name: str, x: Tensor, geometry: ConvGeometry, *arguments: Tensor | float | None) -> None:
-    """Call a kernel for the dtype of x on all channels, a share of them in each of torch's threads."""
+    """Call a kernel for the dtype of x on all channels, some of them in each of torch's threads."""
     function = getattr(_library, f"softshard_depthwise_{name}{_SUFFIX[x.dtype]}")
     converted, channels, shape = [_argument(argument) for argument in arguments], x.shape[1], _shape(x, geometry)
     group = CACHE_LINE // x.element_size()

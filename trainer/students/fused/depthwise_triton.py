@@ -42,9 +42,9 @@ def gram(x: Tensor, geometry: ConvGeometry, shift: Tensor) -> tuple[Tensor, Tens
     found = found.unfold(0, reach[0], 1)[..., :: stride[0]].sum(-1, dtype=torch.float64)
     found = found.unfold(1, reach[1], 1)[..., :: stride[1]].sum(-1).flatten(0, 1)
     tap = torch.arange(rows * columns, device=x.device)
-    place = tap // columns * line + tap % columns
+    position = tap // columns * line + tap % columns
     first = torch.minimum(tap[:, None], tap)
-    return found[first, (place[:, None] - place).abs()], found[:, partners]
+    return found[first, (position[:, None] - position).abs()], found[:, partners]
 
 
 def moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,17 +84,17 @@ def backward(
     limits: Limits | None,
     kernel: Tensor,
     weight: Tensor,
-    share: Tensor,
+    q_factor: Tensor,
     offset: Tensor,
     means: Tensor,
 ) -> Tensor:
     """The gradient of x: that of K (dy - mean dy) - Q p + offset, spread over the patches p.
 
-    kernel K and offset [T, C], weight [R, T, C], share [R, C], the means of dy [C]; Q = sum share w w'.
+    kernel K and offset [T, C], weight [R, T, C], q_factor [R, C], the means of dy [C]; Q = sum q_factor w w'.
     """
     dx, dy = torch.empty_like(x), _through(dy, y, limits)
     rows, columns = (_classes(geometry, axis, x.shape[2 + axis], x.device) for axis in (0, 1))
-    table = _stencils(geometry, rows[0], columns[0], weight, share, offset - kernel * means).to(x.dtype)
+    table = _stencils(geometry, rows[0], columns[0], weight, q_factor, offset - kernel * means).to(x.dtype)
     arrays = (kernel.to(x.dtype), table, rows[1], columns[1], len(columns[0]))
     with torch.cuda.device_of(x):
         _backward_kernel[_grid(x)](x, dy, *arrays, dx, *_sizes(x, geometry))
@@ -158,17 +158,17 @@ def _classes(geometry: ConvGeometry, axis: int, size: int, device: torch.device)
 
 
 def _stencils(
-    geometry: ConvGeometry, rows: Tensor, columns: Tensor, weight: Tensor, share: Tensor, constant: Tensor
+    geometry: ConvGeometry, rows: Tensor, columns: Tensor, weight: Tensor, q_factor: Tensor, constant: Tensor
 ) -> Tensor:
     """[A, B, D + 1, C]: for pixels under each of A sets of rows and B of columns of taps, the coefficients of the D
     pixels nearer than a kernel's size, line by line, and last the constant."""
     height, width = geometry.kernel
     taps, channels = constant.shape
     tap = torch.arange(taps, device=weight.device)
-    place = tap // width * (2 * width - 1) + tap % width
-    distance = place - place[:, None] + place[-1]
+    position = tap // width * (2 * width - 1) + tap % width
+    distance = position - position[:, None] + position[-1]
     by_tap = weight.new_zeros(taps, (2 * height - 1) * (2 * width - 1) + 1, channels)
-    by_tap[tap[:, None], distance] = -torch.einsum("rc,rtc,ruc->tuc", share, weight, weight)
+    by_tap[tap[:, None], distance] = -torch.einsum("rc,rtc,ruc->tuc", q_factor, weight, weight)
     by_tap[:, -1] = constant
     return torch.einsum("ay,bx,yxdc->abdc", rows, columns, by_tap.unflatten(0, (height, width)))
 
@@ -186,8 +186,8 @@ _SIZES = (
 def _pixels(images, n, y, x, c, batch, height, width, channels):
     """Pixels of images [batch, height, width, channels]; zeros outside of them."""
     inside = (n < batch) & (y >= 0) & (y < height) & (x >= 0) & (x < width) & (c < channels)
-    place = ((tl.cast(n, tl.int64) * height + y) * width + x) * channels + c
-    return tl.load(images + place, mask=inside, other=0.0)
+    address = ((tl.cast(n, tl.int64) * height + y) * width + x) * channels + c
+    return tl.load(images + address, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -208,8 +208,8 @@ def _products_kernel(
         a = _pixels(left, n, y - left_top, x - left_before, c, batch, left_height, left_width, channels) - shifted
         b = _pixels(right, n, other_y, other_x, c, batch, right_height, right_width, channels) - shifted
         total += a * tl.where(p == count, 1.0, b)
-    place = ((y * width + x) * (count + 1) + p) * channels + c
-    tl.store(result + place, total, mask=(x < width) & (p <= count) & (c < channels))
+    address = ((y * width + x) * (count + 1) + p) * channels + c
+    tl.store(result + address, total, mask=(x < width) & (p <= count) & (c < channels))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -228,8 +228,8 @@ def _forward_kernel(
             at = _pixels(x, n, y + i, left + j, c, batch, height, width, channels)
             v += tl.load(kernel + (i * KERNEL_WIDTH + j) * channels + c, mask=c < channels, other=0.0) * at
     v = tl.where(v < low, low, tl.where(v > high, high, v))  # unlike tl.clamp, this keeps NaN, as torch does
-    place = (tl.cast(n, tl.int64) * out_height * out_width + p) * channels + c
-    tl.store(result + place, v, mask=(n < batch) & (p < out_height * out_width) & (c < channels))
+    address = (tl.cast(n, tl.int64) * out_height * out_width + p) * channels + c
+    tl.store(result + address, v, mask=(n < batch) & (p < out_height * out_width) & (c < channels))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -260,5 +260,5 @@ def _backward_kernel(
             out_x = tl.where((column + before - j) % STRIDE_X == 0, (column + before - j) // STRIDE_X, -1)
             at = _pixels(dy, n, out_y, out_x, c, batch, out_height, out_width, channels)
             v += tl.load(kernel + (i * KERNEL_WIDTH + j) * channels + c, mask=c < channels, other=0.0) * at
-    place = (tl.cast(n, tl.int64) * height * width + p) * channels + c
-    tl.store(result + place, v, mask=(n < batch) & inside)
+    address = (tl.cast(n, tl.int64) * height * width + p) * channels + c
+    tl.store(result + address, v, mask=(n < batch) & inside)

@@ -1,7 +1,7 @@
 """How the branches of a layer train: as one convolution where that is cheaper, with the same statistics and gradients.
 
 Forms, of which each layer's shape chooses one (the alternative, one convolution and batch norm for each branch, is what
-MultiBranchConv does by itself):
+MultiBranchConv does by itself). `implementation` auto takes one where it is cheaper, fused wherever there is one:
 
     depthwise   DepthwiseBranches: statistics from the Gram matrix of the patches; on a CPU
     triton      the same, and on a GPU as well, in Triton: only where `implementation` is fused or triton, for nobody
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from softshard.trainer.students.fused.conv_geometry import ConvGeometry, Limits, center_tap, output_size, padding, two
-from softshard.trainer.students.fused.depthwise import MOST_TAPS, DepthwiseBranches, runs_here
+from softshard.trainer.students.fused.depthwise import CHEAP_TAPS, MOST_TAPS, DepthwiseBranches, runs_here
 from softshard.trainer.students.fused.pointwise import PointwiseBranches, dtype_of_result, images_of, rows_of
 
 Form = Literal["depthwise", "triton", "closed", "stacked"]
@@ -45,36 +45,56 @@ class Branches(NamedTuple):
 
 
 def form_of(conv: nn.Conv2d, branches: int, identity: bool, implementation: str = "auto") -> Form | None:
-    """The cheapest form in which `branches` copies of a convolution train; None: as separate branches.
+    """The form in which `branches` copies of a convolution train; None: as separate branches.
 
-    With C inputs and O outputs, the products of a 1 x 1 layer in training cost 3 O C + 2 C C multiplications a pixel in
-    the closed form, 3 R O C stacked.
+    It is the cheapest one, or with `fused` the cheapest of those that are one convolution. With C inputs and O outputs,
+    the products of a 1 x 1 layer in training cost 3 O C + 2 C C multiplications a pixel in the closed form, 3 R O C
+    stacked.
     """
-    if implementation == "separate":
+    if implementation == "separate" or why_not_fused(conv):
         return None
-    if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "same", "valid"):
+    if _is_pointwise(conv):
         closed = 2 * conv.in_channels < 3 * (branches - 1) * conv.out_channels
         return "closed" if closed or identity else "stacked" if branches > 1 else None
-    small = max(conv.kernel_size) <= MOST_TAPS and conv.dilation == (1, 1)
-    if small and conv.groups == conv.in_channels == conv.out_channels:
-        return "triton" if implementation in ("fused", "triton") else "depthwise"
-    return None
+    if max(conv.kernel_size) > CHEAP_TAPS and implementation != "fused":
+        return None
+    return "triton" if implementation in ("fused", "triton") else "depthwise"
 
 
-def trains_as_one(form: Form, conv: nn.Conv2d, x: Tensor, norms: Sequence[Norm]) -> bool:
-    """Whether this batch can go through one convolution: all norms use its statistics, and the form runs here.
+def why_not_fused(conv: nn.Conv2d) -> str:
+    """Why no one convolution computes all branches of a layer, to be read after its name; empty where one does."""
+    if _is_pointwise(conv):
+        return ""
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        return "is neither pointwise without padding nor depthwise with as many outputs as inputs"
+    if conv.dilation != (1, 1):
+        return "has a dilated kernel"
+    return f"has a kernel of more than {MOST_TAPS} pixels" if max(conv.kernel_size) > MOST_TAPS else ""
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    """Padding would count in the statistics."""
+    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "same", "valid")
+
+
+def form_of_batch(form: Form, conv: nn.Conv2d, x: Tensor, norms: Sequence[Norm], always: bool) -> Form | None:
+    """The form in which this batch trains, which all norms must see with its own statistics; None: separate branches.
 
     What torch refuses is left to its modules, which raise their errors: other channels, images smaller than the kernel,
-    one value for each channel. Stacked branches with SyncBatchNorm are left to them, too.
+    one value for each channel. Stacked branches with SyncBatchNorm are left to them, too, unless they are `always` to
+    be one convolution: then they train in closed form.
     """
     if x.ndim != 4 or x.shape[1] != conv.in_channels or not all(norm.training for norm in norms):
-        return False
+        return None
     height, width = (output_size(conv, axis, x.shape[2 + axis]) for axis in (0, 1))
     if min(height, width) < 1 or len(x) * height * width < (2 if _group(norms) is None else 1):
-        return False
+        return None
     if form in ("depthwise", "triton"):
-        return runs_here() if x.device.type == "cpu" else form == "triton" and x.device.type == "cuda"
-    return form == "closed" or _group(norms) is None
+        here = runs_here() if x.device.type == "cpu" else form == "triton" and x.device.type == "cuda"
+        return form if here else None
+    if form == "stacked" and _group(norms) is not None:
+        return "closed" if always else None
+    return form
 
 
 def sum_of_branches(form: Form, x: Tensor, branches: Branches) -> Tensor:

@@ -81,9 +81,9 @@ class PointwiseBranches(torch.autograd.Function):
             correlation, total = (rows.t() @ centered).to(weight.dtype), rows.sum(0, dtype=weight.dtype)
             processes = sum_over(ctx.group, correlation, total)
             gamma_gradient = (weight * correlation).sum(2) * deviation
-            share = factor * gamma_gradient * deviation
-            weight_gradient = (factor[:, :, None] * correlation).addcmul_(share[:, :, None], product, value=-1)
-            quadratic = weight.flatten(0, 1).t() @ (weight * (share / ctx.count)[:, :, None]).flatten(0, 1)
+            q_factor = factor * gamma_gradient * deviation
+            weight_gradient = (factor[:, :, None] * correlation).addcmul_(q_factor[:, :, None], product, value=-1)
+            quadratic = weight.flatten(0, 1).t() @ (weight * (q_factor / ctx.count)[:, :, None]).flatten(0, 1)
             constant = (total / -ctx.count) @ kernel
             dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
             dx.addmm_(centered, quadratic.to(dy.dtype), alpha=-1)

@@ -21,7 +21,6 @@ from softshard.trainer.students import expand
 from softshard.trainer.students.branches import MultiBranchConv
 from softshard.trainer.students.fused import depthwise
 from softshard.trainer.students.fused.conv_geometry import ConvGeometry
-from softshard.trainer.students.fused.dispatch import trains_as_one
 
 pytest.importorskip("triton")
 
@@ -107,8 +106,7 @@ def test_triton_must_be_asked_for(implementation: str, form: str | None, on_gpu:
     with FakeTensorMode():
         for device, expected in (("cpu", form is not None), ("cuda", on_gpu), ("mps", False)):
             x = torch.empty(2, channels, *size, device=device)
-            as_one = layer.form is not None and trains_as_one(layer.form, layer.plain.conv, x, layer.norms())
-            assert as_one == expected, device
+            assert layer.form_for(x) == (form if expected else None), device
 
 
 def test_triton_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,13 +180,13 @@ def check_kernels(number: int, dtype: torch.dtype, tolerance: float) -> None:
     assert_close(correlation, torch.einsum("ncp,nctp->tc", before, patches_of(x.double())), tolerance)
     assert_close(total, before.sum((0, 2)), tolerance)
 
-    weight, share, offset, means = draw(3, taps, channels), draw(3, channels), draw(taps, channels), draw(channels)
+    weight, q_factor, offset, means = draw(3, taps, channels), draw(3, channels), draw(taps, channels), draw(channels)
     exact = x.double().requires_grad_()
     p = patches_of(exact)
     of_patches = torch.einsum("tc,ncp->nctp", kernel, before - means[:, None]) + offset.t()[:, :, None]
-    of_patches -= torch.einsum("rc,rtc,ruc,ncup->nctp", share, weight, weight, p)
+    of_patches -= torch.einsum("rc,rtc,ruc,ncup->nctp", q_factor, weight, weight, p)
     (expected,) = torch.autograd.grad(p, exact, of_patches)
-    found = kernels.backward(x, geometry, dy, y, (0.0, 2.0), kernel, weight, share, offset, means)
+    found = kernels.backward(x, geometry, dy, y, (0.0, 2.0), kernel, weight, q_factor, offset, means)
     assert_close(found, expected, tolerance)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers.small_branches import Forms, batch, both_forms, difference, errors, norm, rounded, step, to
 from helpers.small_students import MODELS, images, stock
-from helpers.small_weights import grad, randomise
+from helpers.small_weights import grad, randomize
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from softshard.trainer.students import expand, fold
 from softshard.trainer.students.branches import MultiBranchConv
-from softshard.trainer.students.fused.dispatch import form_of
+from softshard.trainer.students.fused.dispatch import form_of, why_not_fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [
@@ -74,6 +74,46 @@ def assert_same(found, expected, tolerance=1e-11):
 )
 def test_the_form_of_a_layer(conv, branches, identity, form):
     assert form_of(conv, branches, identity) == form
+
+
+@pytest.mark.parametrize(
+    ("conv", "form", "why"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=8), "triton", ""),
+        (nn.Conv2d(8, 8, (1, 9), groups=8), "triton", ""),  # where auto has separate branches
+        (nn.Conv2d(8, 8, 13, groups=8), "triton", ""),
+        (nn.Conv2d(1, 1, 3), "triton", ""),
+        (nn.Conv2d(8, 8, 1), "closed", ""),
+        (nn.Conv2d(96, 16, 1), "stacked", ""),
+        (nn.Conv2d(8, 8, 15, groups=8), None, "has a kernel of more than 13 pixels"),
+        (nn.Conv2d(8, 8, 3, dilation=2, groups=8), None, "has a dilated kernel"),
+        (
+            nn.Conv2d(8, 16, 3, groups=8),
+            None,
+            "is neither pointwise without padding nor depthwise with as many outputs",
+        ),
+        (
+            nn.Conv2d(8, 8, 1, padding=1),
+            None,
+            "is neither pointwise without padding nor depthwise with as many outputs",
+        ),
+    ],
+)
+def test_the_form_of_a_layer_that_must_be_fused(conv, form, why):
+    assert form_of(conv, 3, False, "fused") == form
+    assert why_not_fused(conv).startswith(why)
+    assert bool(why_not_fused(conv)) == (form is None)
+
+
+@pytest.mark.parametrize("size", [(15, 14), (6, 5)])
+@pytest.mark.parametrize(("kernel", "stride"), [(9, 1), (9, 2), (11, 2), (13, 1), ((3, 13), 1)])
+def test_large_kernels_that_must_be_fused(kernel, stride, size):
+    padding = tuple(each // 2 for each in ((kernel, kernel) if isinstance(kernel, int) else kernel))
+    conv = nn.Conv2d(6, 6, kernel, stride, padding, groups=6)
+    forms = to(both_forms(conv, nn.BatchNorm2d(6), implementation="fused"), torch.float64)
+    x = batch(3, 6, *size)
+    assert forms.as_one.form_for(x) == "triton"
+    assert difference(forms, x, of_layer=True) <= 1e-12
 
 
 @each_form
@@ -243,7 +283,7 @@ def in_both_forms(name) -> tuple[nn.Module, nn.Module]:
     models = []
     for implementation in ("auto", "separate"):
         model = expand(stock(name), images(name, 1), implementation=implementation)
-        models.append(randomise(model).double().train())
+        models.append(randomize(model).double().train())
     models[1].load_state_dict(models[0].state_dict(), strict=True)
     forms = [module.form for module in models[0].modules() if isinstance(module, MultiBranchConv)]
     assert len(forms) == MODELS[name][2]["depthwise"] + MODELS[name][2]["pointwise"]
