@@ -5,12 +5,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.pipeline.labels.label import make_labeler, open_matching
-from softshard.pipeline.labels.labeler import Labeler
+from softshard.pipeline.labels.label import check_matches
+from softshard.pipeline.labels.labeler import Labeler, make_labeler
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.launch import make_accelerator
-from softshard.pipeline.store.store import Store
+from softshard.pipeline.store.store import Store, open_store
 from softshard.pipeline.store.topk import CODE_MAX, STEPS_PER_NAT, TAIL_OFFSET, Codes
 from softshard.pipeline.verify import Report
 
@@ -24,7 +24,8 @@ def spot_check(recipe: LabelRecipe, sample: int, seed: int) -> Report:
     views. Raises DataError when the store is not the recipe's, or holds no labels."""
     accelerator = make_accelerator("verify", recipe.precision)
     labeler, manifest = make_labeler(recipe, accelerator)
-    store = open_matching(labeler, manifest)
+    store = open_store(recipe.store)
+    check_matches(store, labeler, manifest)
     rng = np.random.default_rng(seed)
     rows, views = _choose(store, sample, rng)
     problems, largest, done = [], 0.0, 0

@@ -20,6 +20,7 @@ from softshard.pipeline.runtime.files import atomic_path
 from softshard.pipeline.views.describe import ViewDescription, describe_view, in_words
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.pipeline.views.parameters import view_parameters
+from softshard.pipeline.views.selection import view_ranges
 
 MOST_VIEWS, MOST_PIXELS = 400, 1 << 25  # on a sheet
 CLOSE, COMPARED = 3, 20_000  # how many keys are named when one is unknown, and compared to find them
@@ -69,22 +70,6 @@ def make_sheet(recipe: LabelRecipe, keys: Sequence[str], views: str, out: Path, 
     with atomic_path(out) as partial:
         sheet.save(partial, "PNG")
     return f"{out}: {len(numbers)} views of {len(rows)} images, {size} x {size} pixels each"
-
-
-def view_ranges(text: str, count: int) -> list[range]:
-    """'0,3,5-6' -> [range(0, 1), range(3, 4), range(5, 7)]. Raises RecipeError."""
-    ranges = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, re.ASCII)
-        if not match:
-            raise RecipeError(f"--views: expected numbers and ranges such as 0,3,5-6, found {part!r} in {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise RecipeError(f"--views: expected ranges that go up, found {part.strip()}; write {last}-{first}")
-        if last >= count:
-            raise RecipeError(f"--views: expected numbers from 0 to {count - 1}, as views.count says, found {last}")
-        ranges.append(range(first, last + 1))
-    return ranges
 
 
 def find_rows(beton: Beton, keys: Sequence[str]) -> list[int]:

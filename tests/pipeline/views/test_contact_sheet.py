@@ -20,7 +20,6 @@ from softshard.pipeline.recipes.recipe import (
     TrivialAugmentRecipe,
     ViewRecipe,
 )
-from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.views import mixing, policies
 from softshard.pipeline.views.contact_sheet import (
     COLUMN,
@@ -32,7 +31,6 @@ from softshard.pipeline.views.contact_sheet import (
     draw_sheet,
     find_rows,
     render_tiles,
-    view_ranges,
     wrap,
 )
 from softshard.pipeline.views.describe import ViewDescription, describe_view, operation_in_words
@@ -262,13 +260,6 @@ def test_lines_are_no_longer_than_they_may_be(text: str, width: int) -> None:
     assert all(font.getlength(line) <= width for line in lines)
     written = text.encode("ascii", "backslashreplace").decode()
     assert "".join(lines).replace(" ", "") == written.replace(" ", "")
-
-
-def test_view_ranges() -> None:
-    assert view_ranges("0,3,5-6, 7 - 7 ", 8) == [range(1), range(3, 4), range(5, 7), range(7, 8)]
-    assert view_ranges(f"0-{10**15}", 10**16) == [range(10**15 + 1)]
-    with pytest.raises(RecipeError, match="from 0 to 2"):
-        view_ranges("3", 3)
 
 
 @pytest.mark.parametrize(
