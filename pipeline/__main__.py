@@ -46,7 +46,7 @@ def _label(arguments: argparse.Namespace) -> int:
     digests, count = store.digests(), store.manifest.views.count
     labeled, blocks = int((digests != 0).sum()), digests.size
     if not whole:
-        print(f"{recipe.store}: stopped with {labeled} of {blocks} blocks labeled; run the same command again to go on")
+        print(f"{recipe.store}: stopped with {labeled} of {blocks} blocks labeled; run the same again to resume")
         return INTERRUPTED_STATUS
     part = "" if labeled == blocks else f"{labeled} of {blocks} blocks of "
     size = f"{store.bytes_per_view(digests):.2f} bytes a view"
@@ -103,6 +103,7 @@ def _existing(path: str) -> str:
 
 
 def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs of this package to a command."""
     add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
     label = add_verb(verbs, "label", "label views with teachers (also under `accelerate launch -m`)", _label)
     label.add_argument("--views", help="label these alone: numbers and ranges, such as 0,3,5-6")
@@ -131,6 +132,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
     return run(make_parser("python -m pipeline", __doc__, [add_verbs]), arguments)
 
 

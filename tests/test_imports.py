@@ -51,7 +51,7 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 HOMES = {
-    "ffcv": {"pipeline/images/beton.py", "pipeline/views/loader.py"},
+    "ffcv": {"pipeline/images/ffcv_bridge.py"},
     "zarr": {"pipeline/store/zarr_group.py"},
     "obstore": {"pipeline/store/location.py", "pipeline/store/zarr_group.py"},
     "numcodecs": {"pipeline/shards/format.py"},

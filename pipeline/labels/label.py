@@ -33,6 +33,7 @@ def label(recipe: LabelRecipe, views: Sequence[int] | None = None) -> bool:
     processes, launches and interruptions.
 
     Args:
+        recipe: what to label, with which teachers, and where the store is.
         views: label these alone, so that several launches divide the work; None: all.
 
     Returns:
@@ -168,8 +169,7 @@ def label_units(
 ) -> bool:
     """Label units one after the other, each written while the next one is labeled.
 
-    Args:
-        update: is called with a unit's views and each of its batches.
+    `update` is called with a unit's views and each of its batches.
 
     Returns:
         False when a stop signal came; the unit in work is dropped then.

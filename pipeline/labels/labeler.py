@@ -24,8 +24,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TeacherOutput(NamedTuple):
-    """For a batch of B images in G views: rows int64 [B], views int64 [B, G], logits float32 [B, G, C] on the teacher's
-    device, hard int64 [B, G], the hard label of each view (of its larger part where images are mixed)."""
+    """What the teachers say about a batch of B images in G views.
+
+    rows int64 [B], views int64 [B, G], logits float32 [B, G, C] on the teacher's device, hard int64 [B, G], the hard
+    label of each view (of its larger part where images are mixed).
+    """
 
     rows: NDArray[np.int64]
     views: NDArray[np.int64]
@@ -34,8 +37,11 @@ class TeacherOutput(NamedTuple):
 
 
 class LabeledBatch(NamedTuple):
-    """Of a batch: codes of [B * G] views, image by image; whether each teacher's first class is the hard label, bool
-    [B * G]; the tail template of each image over its G views, uint8 [B, C], where it was asked for."""
+    """The labels of a batch of B images in G views.
+
+    Codes of [B * G] views, image by image; whether the teachers' first class is the hard label, bool [B * G]; the tail
+    template of each image over its G views, uint8 [B, C], where it was asked for.
+    """
 
     codes: Codes
     correct: NDArray[np.bool_]
@@ -77,8 +83,9 @@ class Labeler:
                 start = end
 
     def labels(self, rows: NDArray[np.int64], views: NDArray[np.int64], template: bool) -> Iterator[LabeledBatch]:
-        """The codes of views of images. The teacher works on a batch while the codes of the one before are fetched from
-        its device.
+        """The codes of views of images.
+
+        The teacher works on a batch while the codes of the one before are fetched from its device.
 
         Args:
             rows: of the packed images, int64 [N].
@@ -142,8 +149,7 @@ class Labeler:
 
 
 def make_labeler(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labeler, StoreManifest]:
-    """The teachers of a recipe with the images they look at, and the manifest of a store that they make, without
-    golden probes.
+    """The teachers of a recipe with the images they look at, and the manifest of their store, without golden probes.
 
     Raises:
         DataError: when images, classes and teachers do not fit together, or a teacher cannot be loaded.

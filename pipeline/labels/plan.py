@@ -28,6 +28,7 @@ def wanted_views(recipe: LabelRecipe, views: Sequence[int] | None) -> Sequence[i
     """The numbers of the views that a launch labels, ascending, each once.
 
     Args:
+        recipe: what the store is made by.
         views: what it was asked for; None: all of the recipe's.
 
     Raises:
@@ -48,11 +49,13 @@ def wanted_views(recipe: LabelRecipe, views: Sequence[int] | None) -> Sequence[i
 
 
 def plan_work(manifest: StoreManifest, views: Sequence[int], store: Store | None) -> list[Unit]:
-    """What some views of a store lack: first the template's views together, where one of them or the template is
-    missing, then view by view.
+    """What some views of a store lack.
+
+    First the template's views together, where one of them or the template is missing, then view by view.
 
     Args:
         manifest: of the finished store.
+        views: the views to be labeled, ascending.
         store: None where there is none yet. One that has room for fewer views than the manifest lacks the others.
     """
     missing, without_template = _missing_blocks(manifest, store)

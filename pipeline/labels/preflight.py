@@ -21,8 +21,11 @@ FILES_A_BLOCK = 4
 
 @dataclass(frozen=True)
 class Preflight:
-    """top1: percent of hard labels; confidence: mean probability of the first class; tail: mean mass outside the top
-    k; bytes as they are stored; `seconds` each view of an image took one process."""
+    """What a few labeled views show.
+
+    top1: percent of hard labels; confidence: mean probability of the first class; tail: mean mass outside the top k;
+    bytes as they are stored; seconds that each view of an image took one process.
+    """
 
     images: int
     top1: float

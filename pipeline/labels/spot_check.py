@@ -20,8 +20,16 @@ TOLERANCE = {"bf16": 0.25, "fp16": 0.05, "float32": 0.01}
 
 
 def spot_check(recipe: LabelRecipe, sample: int, seed: int) -> Report:
-    """Render and label `sample` random labeled views again, and the tail templates of as many images as make `sample`
-    views. Raises DataError when the store is not the recipe's, or holds no labels."""
+    """Render and label random views of a store again, and compare.
+
+    Args:
+        recipe: by which the store was made.
+        sample: how many labeled views; tail templates are compared for as many images as make this number of views.
+        seed: of the random choice.
+
+    Raises:
+        DataError: when the store is not the recipe's, or holds no labels.
+    """
     accelerator = make_accelerator("verify", recipe.precision)
     labeler, manifest = make_labeler(recipe, accelerator)
     store = open_store(recipe.store)
