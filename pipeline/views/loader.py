@@ -8,7 +8,7 @@ needs.
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -41,13 +41,23 @@ PARTS_A_WORKER = 4  # a batch is dealt in more parts than threads, so that none 
 class ViewLoader:
     """Renders any list of (row, view) pairs of a .beton at one output size.
 
-    views: the recipe, or None for a loader that only renders the center view (validation);
-    workers: decoding threads; crop_pct: timm's, for the center view;
-    waited: seconds that `render` has waited for decoded batches so far;
-    os_cache, batches_ahead: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it
-    still needs, for files larger than memory: rows then come fastest in the order of the file.
+    Args:
+        beton: the packed images.
+        views: their recipe, or None for a loader that only renders the center view (validation).
+        size: pixels of a view's side.
+        batch_size: images in a batch.
+        workers: decoding threads.
+        device: where batches go.
+        crop_pct: timm's, for the center view.
+        os_cache: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it still needs,
+            for files larger than memory: rows then come fastest in the order of the file.
+        batches_ahead: FFCV's: batches that wait, rendered, for the one who iterates.
 
-    Raises RecipeError for views that mix images, without the system's cache: their partners are anywhere in the file.
+    Attributes:
+        waited: seconds that `render` has waited for decoded batches so far.
+
+    Raises:
+        RecipeError: for views that mix images, without the system's cache: their partners are anywhere in the file.
     """
 
     def __init__(
@@ -74,10 +84,17 @@ class ViewLoader:
         self.waited = 0.0
 
     def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Generator[Batch, None, None]:
-        """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller. With views of shape
-        [N, G], G views of each image, which is decoded once for all of them.
+        """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller.
 
-        Raises DataError naming keys when images have changed or do not decode, RuntimeError when the thread died.
+        With views of shape [N, G], G views of each image, which is decoded once for all of them.
+
+        Args:
+            rows: of the packed images, int64 [N].
+            views: the numbers of their views, int64 [N] or [N, G]; one number is that of all.
+
+        Raises:
+            DataError: when images have changed or do not decode, naming keys.
+            RuntimeError: when the thread died.
         """
         rows, numbers = np.array(rows, np.int64), np.array(views, np.int64)
         several = numbers.ndim == 2
@@ -92,14 +109,8 @@ class ViewLoader:
                 end = start + len(output.pixels)
                 part = slice(start, end)
                 batch = self._batch(output, rows[part], partners[part], several)
-                copied = None if self._device.type == "cpu" else torch.Event(self._device, blocking=True)
-                if copied:
-                    copied.record()
-                try:
+                with _copied(self._device):
                     yield batch
-                finally:
-                    if copied:
-                        copied.synchronize()  # only now may the decoder write to this memory again, or give it back
                 start = end
         except DecodeError as error:
             keys = [self._beton.manifest.keys[row] for row in error.rows]
@@ -156,8 +167,11 @@ class _Output(NamedTuple):
 
 
 class _ViewDecoder(ImageDecoder):
-    """The FFCV operation. Its memory is, for each batch slot: pixels, view numbers and partners (filled by
-    _ViewEpoch), lams, rows that failed."""
+    """The FFCV operation.
+
+    Its memory is, for each batch slot: pixels, view numbers and partners (filled by _ViewEpoch), lams, rows that
+    failed.
+    """
 
     def __init__(self, beton: Beton, parameters: ViewParameters, shape: tuple[int, ...], workers: int) -> None:
         super().__init__()
@@ -207,7 +221,24 @@ class _ViewEpoch(Epoch):
 
 
 @contextmanager
-def _patience():
+def _copied(device: torch.device) -> Iterator[None]:
+    """Wait, at the end, for the copies to a device that began before.
+
+    Only then may the decoder write to their memory again, or give it back.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    copies = torch.Event(device, blocking=True)
+    copies.record()
+    try:
+        yield
+    finally:
+        copies.synchronize()
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
     """Say why the first batch after an installation or an upgrade takes its time."""
     text = "softshard: compiling the decoder, once; this takes about half a minute"
     if render.signatures:
