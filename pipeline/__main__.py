@@ -108,8 +108,10 @@ def add_verbs(verbs: Verbs) -> None:
     label = add_verb(verbs, "label", "label views with teachers (also under `accelerate launch -m`)", _label)
     label.add_argument("--views", help="label these alone: numbers and ranges, such as 0,3,5-6")
     label.add_argument("--estimate", action="store_true", help="time and bytes of the run, from a few measured batches")
-    help = "check every checksum, image and block of a .beton, a store or shards; 0: whole, 1: the list of what is not"
-    verify = add_verb(verbs, "verify", help, _verify, config=False)
+    verify = add_verb(verbs, "verify", "check that a .beton, a store or shards are whole", _verify, config=False)
+    verify.description = (
+        "check every checksum, image and block of a .beton, a store or shards; 0: whole, 1: the list of what is not"
+    )
     verify.add_argument("path")
     verify.add_argument("--sample", type=int, metavar="N", help="also label N random views again and compare")
     verify.add_argument(

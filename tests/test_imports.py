@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "pipeline/shards": {*_BASE, "pipeline/images", "pipeline/images/sources", "pipeline/store"},
     "pipeline/verify": {*_BASE, "pipeline/images", "pipeline/store", "pipeline/shards"},
     "pipeline/show": {*_BASE, "pipeline/images", "pipeline/store", "pipeline/shards"},
-    "pipeline/labels": {*_VIEWS, "pipeline/store", "pipeline/verify", "teachers"},
+    "pipeline/labels": {*_VIEWS, "pipeline/store", "teachers"},
     "trainer/losses": {"pipeline/store"},
     "trainer/students/fused": set(),
     "trainer/students": {"pipeline/runtime", "trainer/students/fused", "teachers/weights"},

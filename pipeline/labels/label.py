@@ -72,12 +72,11 @@ def _store_and_units(
     labeler: Labeler, manifest: StoreManifest, views: Sequence[int], accelerator: Accelerator
 ) -> tuple[Store, list[Unit]]:
     """The store and what is to be labeled in it. The main process prepares both, the others wait for it."""
+    store, units = None, []
     if accelerator.is_main_process:
         store, units = _prepare(labeler, manifest, views, accelerator.num_processes)
-        broadcast_object_list([units])
-        return store, units
-    [units] = broadcast_object_list([None])
-    return open_store(labeler.recipe.store), units
+    [units] = broadcast_object_list([units])
+    return store or open_store(labeler.recipe.store), units
 
 
 def _prepare(

@@ -10,9 +10,9 @@ from softshard.pipeline.labels.labeler import Labeler, make_labeler
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.launch import make_accelerator
+from softshard.pipeline.runtime.report import Report
 from softshard.pipeline.store.store import Store, open_store
 from softshard.pipeline.store.topk import CODE_MAX, STEPS_PER_NAT, TAIL_OFFSET, Codes
-from softshard.pipeline.verify import Report
 
 HALF_STEP = 1 / (2 * STEPS_PER_NAT)
 # nats beyond rounding that another batch, thread count or device may change: 8, 11 and 24 bits of precision

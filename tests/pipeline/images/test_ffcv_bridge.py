@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numba
@@ -132,7 +133,7 @@ def test_a_loader_makes_numbas_byte_arrays_immutable(digits: Beton) -> None:
 
 
 def test_operations_are_compiled_in_each_process() -> None:
-    compiled = Compiler.compile(lambda x: x)
+    compiled: Any = Compiler.compile(lambda x: x)
     assert type(compiled._cache).__name__ == "NullCache"
     assert compiled.targetoptions["fastmath"]
 
@@ -160,7 +161,7 @@ def test_a_decoder_of_another_class_is_not_the_decoder() -> None:
         def declare_state_and_memory(self, previous_state): ...
 
     for decoder, kept in ((Decoder(), False), (type("Subclass", (ImageDecoder,), {})(), True)):
-        spec = PipelineSpec("image", decoder=None, transforms=[decoder])
+        spec = PipelineSpec("image", transforms=[decoder])
         spec.accept_decoder(SimpleRGBImageDecoder, "image")
         assert (spec.decoder is decoder) == kept
 

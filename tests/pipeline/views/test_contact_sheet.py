@@ -137,7 +137,7 @@ def test_noise_is_where_the_description_says(photos: Beton) -> None:
         assert new.words == [*old.words, f"erased {width}x{height} at {left},{top}, noise"]
 
 
-def test_small_scales_of_decoding_are_said(photos: Beton) -> None:
+def test_small_scales_of_decoding_are_named(photos: Beton) -> None:
     views = ViewRecipe(seed=5, count=8, crop=None, dct_scaling=True)
     [tiles] = tiles_of(photos, views, find_rows(photos, ["temple/427x640.jpg"]), 2)
     assert [tile.description.denominator for tile in tiles] == [8, 8]
