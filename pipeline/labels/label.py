@@ -82,7 +82,7 @@ def _store_and_units(
 def _prepare(
     labeler: Labeler, manifest: StoreManifest, views: Sequence[int], processes: int
 ) -> tuple[Store, list[Unit]]:
-    """Plan the work and, where there is any, make the store or room in it, once the teachers have shown their worth."""
+    """Plan the work and, where there is any, make the store or room in it, once the teachers are seen to be right."""
     recipe = labeler.recipe
     store = open_store(recipe.store) if store_exists(recipe.store) else None
     if store:
@@ -132,7 +132,7 @@ def _create_or_grow(store: Store | None, labeler: Labeler, manifest: StoreManife
         whole = manifest.model_copy(update={"probes": probes})
         store = create_store(recipe.store, whole, beton.keys, beton.crc32, exist_ok=True)
         check_matches(store, labeler, manifest)  # another launch may have been faster, with another recipe
-    elif store.manifest.views.count < recipe.views.count:
+    if store.manifest.views.count < recipe.views.count:
         store.grow(recipe.views.count)
     store.place.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
     return store

@@ -133,8 +133,7 @@ def gray(image):
 def hue(image, shift):
     """Turn the hue by shift / 256 of the circle, shift in 0 .. 255: torchvision's adjust_hue on a Pillow image.
 
-    Floats and doubles where Pillow's C code has them, every operation rounded by itself, so that the uint8 hue and
-    saturation in between are Pillow's.
+    Floats and doubles as in Pillow's C code, each operation rounded by itself: so its uint8 hue and saturation come out.
     """
     shift = np.int32(shift)
     flat = image.reshape(-1)
@@ -160,10 +159,9 @@ def fill(image, top, left, height, width, color):
 
 @compiled
 def noise(image, top, left, height, width, state, table):
-    """Fill a box with noise.
+    """Fill a box with noise from `table`, uint8 [3, 1024], quantiles of the distribution wanted.
 
-    Bits 0-9, 10-19 and 20-29 of word y * width + x of the stream `state` choose the red, green and blue of the box's
-    pixel (x, y) from `table`, uint8 [3, 1024], quantiles of the distribution wanted.
+    Bits 0-9, 10-19 and 20-29 of word y * width + x of the stream `state` choose red, green and blue of pixel (x, y).
     """
     mask = np.uint64((1 << NOISE_BITS) - 1)
     for y in range(height):

@@ -27,6 +27,7 @@ from helpers.small_stores import files_of
 
 from softshard.pipeline.__main__ import main
 from softshard.pipeline.images.beton import open_beton
+from softshard.pipeline.labels import label as label_module
 from softshard.pipeline.labels.label import estimate, label
 from softshard.pipeline.labels.spot_check import codes_differences
 from softshard.pipeline.runtime.errors import DataError, FormatError, RecipeError
@@ -394,3 +395,16 @@ def test_compiled_teachers_give_the_same_labels(
     assert len(compiled) == 1
     differences = codes_differences(reference_logits(inputs, 1)[0].double(), open_store(other_store).read_view(0))
     assert differences.max() < 1e-4
+
+
+def test_a_store_that_another_launch_made_with_fewer_views_meanwhile_grows(
+    inputs: Path, store_path: Path, other_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This launch saw no store when it planned, and finds one when it makes its own."""
+    recipe, at = label_recipe(inputs, ("store", str(other_store))), ("store", str(other_store))
+    assert label(label_recipe(inputs, at, ("views.count", "2")))
+    monkeypatch.setattr(label_module, "store_exists", lambda _: False)
+    assert label(recipe)
+    assert open_store(other_store).coverage().tolist() == [3, 3, 3]
+    for view in range(3):
+        assert (open_store(other_store).read_view(view).index == open_store(store_path).read_view(view).index).all()
