@@ -133,7 +133,7 @@ def gray(image):
 def hue(image, shift):
     """Turn the hue by shift / 256 of the circle, shift in 0 .. 255: torchvision's adjust_hue on a Pillow image.
 
-    Floats and doubles as in Pillow's C code, each operation rounded by itself: so its uint8 hue and saturation come out.
+    Floats and doubles as in Pillow's C code, each operation rounded by itself, give its uint8 hue and saturation.
     """
     shift = np.int32(shift)
     flat = image.reshape(-1)
