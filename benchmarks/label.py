@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,9 @@ from loader import write_photographs
 from softshard.pipeline.images.beton import open_beton
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.images.pack import pack
-from softshard.pipeline.labels.label import label_units, make_labeler, missing_units
-from softshard.pipeline.labels.labeler import Labeler
+from softshard.pipeline.labels.label import label_units
+from softshard.pipeline.labels.labeler import Labeler, make_labeler
+from softshard.pipeline.labels.plan import plan_work
 from softshard.pipeline.recipes.recipe import (
     LabelRecipe,
     PackRecipe,
@@ -82,9 +82,9 @@ def run(labeler: Labeler, manifest: StoreManifest) -> float:
     beton, location = labeler.beton, Path(labeler.recipe.store)
     shutil.rmtree(location, ignore_errors=True)
     store = create_store(location, manifest, beton.keys, beton.crc32)
-    with StopSignal() as stop, ThreadPoolExecutor(1) as writer:
-        units = missing_units(store, range(VIEWS))
-        assert label_units(labeler, store, units, stop, lambda views, labels: None, writer)
+    with StopSignal() as stop:
+        units = plan_work(manifest, range(VIEWS), store)
+        assert label_units(labeler, store, units, stop, lambda views, labels: None)
     labeler.ensemble = ensemble
     return (time.perf_counter() - started) / sum(inside)
 

@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from softshard.pipeline.cli import INTERRUPTED_STATUS, Verbs, add_verb, heavy_imports, make_parser, run
 from softshard.pipeline.recipes.recipe import LabelRecipe, PackRecipe
 from softshard.pipeline.recipes.yaml_file import load_recipe
 from softshard.pipeline.runtime.errors import DataError, RecipeError
+from softshard.pipeline.views.selection import view_ranges
 
 DAMAGED_STATUS = 1
 
@@ -33,15 +35,18 @@ def _label(arguments: argparse.Namespace) -> int:
         from softshard.pipeline.store.store import open_store
 
     recipe = load_recipe(LabelRecipe, arguments.config, arguments.overrides)
+    views = None
+    if arguments.views is not None:
+        views = list(chain.from_iterable(view_ranges(arguments.views, recipe.views.count)))
     if arguments.estimate:
-        print(estimate(recipe, arguments.views))
+        print(estimate(recipe, views))
         return 0
-    whole = label(recipe, arguments.views)
+    whole = label(recipe, views)
     store = open_store(recipe.store)
     digests, count = store.digests(), store.manifest.views.count
     labeled, blocks = int((digests != 0).sum()), digests.size
     if not whole:
-        print(f"{recipe.store}: stopped with {labeled} of {blocks} blocks labeled; run the same command again to go on")
+        print(f"{recipe.store}: stopped with {labeled} of {blocks} blocks labeled; run the same again to resume")
         return INTERRUPTED_STATUS
     part = "" if labeled == blocks else f"{labeled} of {blocks} blocks of "
     size = f"{store.bytes_per_view(digests):.2f} bytes a view"
@@ -97,24 +102,16 @@ def _existing(path: str) -> str:
     return path
 
 
-def _views(text: str) -> range:
-    """'3-5' -> range(3, 6), '3' -> range(3, 4)."""
-    first, dash, last = text.partition("-")
-    if not (first.isdecimal() and (last.isdecimal() if dash else not last)):
-        raise argparse.ArgumentTypeError(f"expected A-B or A, the numbers of views, found {text!r}")
-    views = range(int(first), int(last or first) + 1)
-    if not views:
-        raise argparse.ArgumentTypeError(f"expected A-B with A at most B, found {text!r}")
-    return views
-
-
 def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs of this package to a command."""
     add_verb(verbs, "pack", "pack an image data set into a .beton with a manifest", _pack)
     label = add_verb(verbs, "label", "label views with teachers (also under `accelerate launch -m`)", _label)
-    label.add_argument("--views", type=_views, metavar="A-B", help="these views alone; other launches do the others")
+    label.add_argument("--views", help="label these alone: numbers and ranges, such as 0,3,5-6")
     label.add_argument("--estimate", action="store_true", help="time and bytes of the run, from a few measured batches")
-    help = "check every checksum, image and block of a .beton, a store or shards; 0: whole, 1: the list of what is not"
-    verify = add_verb(verbs, "verify", help, _verify, config=False)
+    verify = add_verb(verbs, "verify", "check that a .beton, a store or shards are whole", _verify, config=False)
+    verify.description = (
+        "check every checksum, image and block of a .beton, a store or shards; 0: whole, 1: the list of what is not"
+    )
     verify.add_argument("path")
     verify.add_argument("--sample", type=int, metavar="N", help="also label N random views again and compare")
     verify.add_argument(
@@ -131,12 +128,13 @@ def add_verbs(verbs: Verbs) -> None:
     convert.add_argument("--shard-samples", type=int, default=10000, metavar="N", help="images in each shard")
     render = add_verb(verbs, "render", "views of a label recipe as a picture, with their parameters", _render)
     render.add_argument("--keys", action="append", required=True, help="images, with commas between them")
-    render.add_argument("--views", required=True, help="numbers and ranges: 0-7 or 0,3,5-6")
+    render.add_argument("--views", required=True, help="numbers and ranges, such as 0,3,5-6")
     render.add_argument("--out", type=Path, required=True, help="the .png to write")
     render.add_argument("--size", type=int, help="pixels of a view's side, instead of the teacher's")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
     return run(make_parser("python -m pipeline", __doc__, [add_verbs]), arguments)
 
 

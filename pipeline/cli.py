@@ -47,8 +47,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """For the imports of what a verb needs. They make a million objects that stay: to look for garbage among them takes
-    a fifth of the start, and would go on to take its time in training."""
+    """Import what a verb needs without collecting garbage.
+
+    The imports make a million objects that stay. To look for garbage among them takes a fifth of the start, and would
+    take its time in training, too.
+    """
     gc.disable()
     try:
         yield

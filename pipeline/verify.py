@@ -5,24 +5,18 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from softshard.pipeline.images.beton import Beton, is_beton, open_beton, padding
 from softshard.pipeline.images.jpeg import decodes
 from softshard.pipeline.runtime.errors import FormatError, SoftshardError
+from softshard.pipeline.runtime.report import Report
 from softshard.pipeline.runtime.threads import in_order
 from softshard.pipeline.shards.format import is_shards, open_shards
 from softshard.pipeline.shards.reader import read_identities, repeated_keys
 from softshard.pipeline.store.store import Store, open_store
-
-
-class Report(NamedTuple):
-    """What was checked, for people, and one line for each thing that is not whole."""
-
-    checked: str
-    problems: list[str]
 
 
 def verify(path: str | Path) -> Report:

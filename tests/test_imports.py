@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "pipeline/shards": {*_BASE, "pipeline/images", "pipeline/images/sources", "pipeline/store"},
     "pipeline/verify": {*_BASE, "pipeline/images", "pipeline/store", "pipeline/shards"},
     "pipeline/show": {*_BASE, "pipeline/images", "pipeline/store", "pipeline/shards"},
-    "pipeline/labels": {*_VIEWS, "pipeline/store", "pipeline/verify", "teachers"},
+    "pipeline/labels": {*_VIEWS, "pipeline/store", "teachers"},
     "trainer/losses": {"pipeline/store"},
     "trainer/students/fused": set(),
     "trainer/students": {"pipeline/runtime", "trainer/students/fused", "teachers/weights"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 HOMES = {
-    "ffcv": {"pipeline/images/beton.py", "pipeline/views/loader.py"},
+    "ffcv": {"pipeline/images/ffcv_bridge.py"},
     "zarr": {"pipeline/store/zarr_group.py"},
     "obstore": {"pipeline/store/location.py", "pipeline/store/zarr_group.py"},
     "numcodecs": {"pipeline/shards/format.py"},

@@ -6,37 +6,26 @@ allocation table) is the one its reader and loaders expect, so stock FFCV opens 
 
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
-import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from softshard.pipeline.images.ffcv_bridge import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    FieldDescType,
+    HeaderType,
+    IntField,
+    Reader,
+    RGBImageField,
+    get_metadata_type,
+)
 from softshard.pipeline.images.manifest import PackManifest, key_digests, load_sealed
 from softshard.pipeline.runtime.errors import DataError, FormatError
-
-
-@contextmanager
-def kept_threads() -> Iterator[None]:
-    """Undo what ffcv does to the numbers of threads of torch and numba when it is imported and makes a loader."""
-    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads)
-        numba.set_num_threads(numba_threads)
-
-
-with kept_threads(), patch("numba.typed.Dict", dict):  # numba compiles one for two constants, which takes seconds
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.reader import Reader
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 
 JPEG_MODE = 0
 MIN_PAGE_BYTES = 1 << 21
@@ -83,14 +72,16 @@ def is_beton(path: str | Path) -> bool:
 
 
 def manifest_path(beton: Path) -> Path:
+    """Where the manifest of a packed file is: images.beton -> images.manifest.json."""
     return beton.with_suffix(".manifest.json")
 
 
 def open_beton(path: str | Path) -> Beton:
     """Open a packed file and its manifest.
 
-    Raises DataError when one of the two is not there, FormatError when they do not belong together, the file is
-    truncated, or it is not a .beton.
+    Raises:
+        DataError: when one of the two is not there.
+        FormatError: when they do not belong together, the file is truncated, or it is not a .beton.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,10 +111,19 @@ def open_beton(path: str | Path) -> Beton:
 
 
 def write_beton(path: Path, images: Iterable[PackedImage], capacity: int, largest: int) -> int:
-    """Write images in order; returns the size of the file in bytes.
+    """Write images in order. Pages are FFCV's unit of caching: no image crosses one.
 
-    `capacity` bounds the number of images (their table precedes the data), `largest` is the expected size of the
-    biggest one in bytes. Pages are FFCV's unit of caching: no image crosses one.
+    Args:
+        path: the new file.
+        images: rows of JPEGs with their sizes and classes.
+        capacity: bounds the number of images, whose table precedes the data.
+        largest: the expected size of the biggest image, in bytes.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DataError: for an image that is larger than a page.
     """
     page = 1 << max(MIN_PAGE_BYTES.bit_length() - 1, (2 * largest - 1).bit_length())
     rows, table = np.zeros(capacity, ROW_TYPE), np.zeros(capacity, ALLOC_TABLE_TYPE)
@@ -193,12 +193,12 @@ def _read_manifest(path: Path) -> PackManifest:
 def _beton(path: Path, manifest: PackManifest, rows: NDArray, table: NDArray, table_position: int) -> Beton:
     order = np.argsort(table["ptr"])
     offsets, image = rows["f0"]["data_ptr"], rows["f0"]
-    place = order[np.searchsorted(table["ptr"], offsets, sorter=order).clip(max=len(order) - 1)]
-    lengths = table["size"][place]
+    entry = order[np.searchsorted(table["ptr"], offsets, sorter=order).clip(max=len(order) - 1)]
+    lengths = table["size"][entry]
     if not len(rows) == len(table) == len(manifest.keys):
         raise ValueError(f"{len(rows)} rows and {len(table)} images for {len(manifest.keys)} keys")
     ends = np.array([offsets, lengths, offsets + lengths])  # unsigned: a sum alone could wrap around
-    if (table["ptr"][place] != offsets).any() or (ends > table_position).any():
+    if (table["ptr"][entry] != offsets).any() or (ends > table_position).any():
         raise ValueError("rows that point outside the image data")
     if (lengths != np.array(manifest.sizes, np.uint64)).any():
         raise ValueError("image sizes that differ from the manifest's")

@@ -39,9 +39,16 @@ def jpeg_version() -> str:
 
 def _decode(jpeg: bytes, height: int, width: int, denominator: int) -> NDArray[np.uint8] | None:
     scaled = (-(-height // denominator), -(-width // denominator))
-    image, place = np.empty((*scaled, 3), np.uint8), np.empty(4, np.int64)
-    box = np.array([0, 0, *scaled], np.int64)
+    image, decoded_box = np.empty((*scaled, 3), np.uint8), np.empty(4, np.int64)
+    wanted_box = np.array([0, 0, *scaled], np.int64)
     status = _library.softshard_decode(
-        jpeg, len(jpeg), height, width, box.ctypes.data, denominator, image.ctypes.data, place.ctypes.data
+        jpeg,
+        len(jpeg),
+        height,
+        width,
+        wanted_box.ctypes.data,
+        denominator,
+        image.ctypes.data,
+        decoded_box.ctypes.data,
     )
     return None if status else image

@@ -109,7 +109,11 @@ def key_digest(key: str) -> int:
 
 
 def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
-    """Digests of all keys, uint64 [N]. Raises DataError when a key stands twice or two keys collide."""
+    """Digests of all keys, uint64 [N].
+
+    Raises:
+        DataError: when a key stands twice or two keys have one digest.
+    """
     try:
         digests = np.fromiter((key_digest(key) for key in keys), np.uint64, len(keys))
     except UnicodeEncodeError as error:
@@ -127,10 +131,10 @@ def key_digests(keys: Sequence[str]) -> NDArray[np.uint64]:
 
 
 def match_keys(keys: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each wanted key digest its place among `keys`, -1 where it is none of them: int64, as long as `wanted`."""
+    """For each wanted key digest its row among `keys`, -1 where it is none of them: int64, as long as `wanted`."""
     order = np.argsort(keys)
-    place = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(order) - 1)]
-    return np.where(keys[place] == wanted, place, -1)
+    row = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(order) - 1)]
+    return np.where(keys[row] == wanted, row, -1)
 
 
 def sealed(manifest: Model) -> dict[str, Any]:
@@ -140,7 +144,17 @@ def sealed(manifest: Model) -> dict[str, Any]:
 
 
 def load_sealed(model: type[M], text: bytes, where: str, remedy: str) -> M:
-    """The manifest in a file that holds what `sealed` made as JSON. Raises FormatError as `parse_sealed` does."""
+    """The manifest in a file that holds what `sealed` made, as JSON.
+
+    Args:
+        model: of the manifest.
+        text: what is in the file.
+        where: the file, for messages.
+        remedy: what to do when it is damaged, for messages.
+
+    Raises:
+        FormatError: as `parse_sealed` does, and when it is no JSON.
+    """
     try:
         document = json.loads(text)
     except ValueError as error:
@@ -151,7 +165,17 @@ def load_sealed(model: type[M], text: bytes, where: str, remedy: str) -> M:
 
 
 def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: str) -> M:
-    """The manifest in plain data that `sealed` made. Raises FormatError when it was changed or has other keys."""
+    """The manifest in plain data that `sealed` made.
+
+    Args:
+        model: of the manifest.
+        document: the data, with its digest.
+        where: where it was found, for messages.
+        remedy: what to do when it is damaged, for messages.
+
+    Raises:
+        FormatError: when it was changed or has other keys.
+    """
     content = {name: value for name, value in document.items() if name != "digest"}
     try:
         # through JSON, where a list is a legal tuple and types stay strict
@@ -191,4 +215,5 @@ def array_digest(*arrays: NDArray[Any]) -> int:
 
 
 def library_versions() -> dict[str, str]:
+    """The versions of the libraries on which pixels and labels depend."""
     return {"libjpeg-turbo": jpeg_version(), **{name: version(name) for name in LIBRARIES}}

@@ -67,9 +67,11 @@ class _Log:
 def pack(recipe: PackRecipe) -> PackManifest:
     """Pack an image data set; the .beton and its manifest replace older ones only when both are whole.
 
-    Raises DataError for a source that is missing, empty or contradicts itself or the class list, duplicate keys, no
-    room on the disk, and an image that does not decode (unless `on_bad_image: skip`); FormatError for a damaged tar or
-    parquet file; OSError when reading or writing fails.
+    Raises:
+        DataError: for a source that is missing, empty or contradicts itself or the class list, duplicate keys, no room
+            on the disk, and an image that does not decode (unless `on_bad_image: skip`).
+        FormatError: for a damaged tar or parquet file.
+        OSError: when reading or writing fails.
     """
     source = open_source(recipe.source, None if recipe.classes is None else Path(recipe.classes))
     key_digests(source.keys)

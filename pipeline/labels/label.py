@@ -11,13 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from tqdm import tqdm
 
-from softshard.pipeline.images.beton import Beton, open_beton
-from softshard.pipeline.images.manifest import StoreManifest, TeacherRecord, library_versions, text_digest
-from softshard.pipeline.labels.labeler import LabeledBatch, Labeler
-from softshard.pipeline.labels.preflight import check_top1, describe_run, describe_teachers, preflight
+from softshard.pipeline.images.manifest import StoreManifest
+from softshard.pipeline.labels.labeler import LabeledBatch, Labeler, make_labeler
+from softshard.pipeline.labels.plan import Unit, count_views, plan_work, rows_of, wanted_views
+from softshard.pipeline.labels.preflight import check_room, check_top1, describe_run, describe_teachers, preflight
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.recipes.yaml_file import differences, dump_recipe
 from softshard.pipeline.runtime.errors import DataError
@@ -25,31 +24,33 @@ from softshard.pipeline.runtime.launch import StopSignal, make_accelerator
 from softshard.pipeline.store.store import Store, create_store, open_store, store_exists
 from softshard.pipeline.store.topk import Codes
 from softshard.pipeline.views.golden import check_probes, make_probes
-from softshard.teachers import Teacher, TeacherError, load_teacher
-
-Unit = tuple[range, int]  # views that are labeled together, and a block
 
 
-def label(recipe: LabelRecipe, views: range | None = None) -> bool:
-    """Label every block that the store does not hold yet; False when a signal ended the work before its end.
+def label(recipe: LabelRecipe, views: Sequence[int] | None = None) -> bool:
+    """Label every block that the store does not hold yet.
 
-    views: label these alone, so that several launches share the work; None: all. Batches are composed from a block's
-    rows in order, so the finished store is the same whatever the number of processes, launches and interruptions.
-    Raises DataError when the store, the images or the teachers do not fit the recipe, the teachers fall short of
-    `min_top1`, their logits are not finite, or the disk has no room.
+    Batches are composed from a block's rows in order, so the finished store is the same whatever the number of
+    processes, launches and interruptions.
+
+    Args:
+        recipe: what to label, with which teachers, and where the store is.
+        views: label these alone, so that several launches divide the work; None: all.
+
+    Returns:
+        False when a signal ended the work before its end.
+
+    Raises:
+        DataError: when the store, the images or the teachers do not fit the recipe, the teachers fall short of
+            `min_top1`, their logits are not finite, or the disk has no room.
+        RecipeError: when the views do not fit the recipe.
     """
-    started, wanted = time.time(), _wanted(recipe, views)
+    started, wanted = time.time(), wanted_views(recipe, views)
     accelerator = make_accelerator("label", recipe.precision)
     labeler, manifest = make_labeler(recipe, accelerator)
-    main, processes = accelerator.is_main_process, accelerator.num_processes
-    [units] = broadcast_object_list([_prepare(labeler, manifest, wanted, processes) if main else []])
-    store = open_store(recipe.store)
-    share = units[accelerator.process_index :: processes]
-    total = sum(len(views) * len(_rows(store, block)) for views, block in share)
-    quiet = not accelerator.is_main_process or not share
-    bar = tqdm(total=total, desc=f"label {recipe.store}", unit="view", smoothing=0.1, disable=quiet)
-    with StopSignal() as stop, bar as progress, ThreadPoolExecutor(1, "write") as writer:
-        finished = label_units(labeler, store, share, stop, _Status(progress).update, writer)
+    store, units = _store_and_units(labeler, manifest, wanted, accelerator)
+    units_of_rank = units[accelerator.process_index :: accelerator.num_processes]
+    with StopSignal() as stop, _progress_bar(store, units_of_rank, accelerator) as bar:
+        finished = label_units(labeler, store, units_of_rank, stop, _Status(bar).update)
     if finished:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -57,9 +58,9 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     return finished
 
 
-def estimate(recipe: LabelRecipe, views: range | None = None) -> str:
-    """What a run would do, from a few measured batches; nothing is written. Raises DataError as `label` does."""
-    wanted, accelerator = _wanted(recipe, views), make_accelerator("label", recipe.precision)
+def estimate(recipe: LabelRecipe, views: Sequence[int] | None = None) -> str:
+    """What a run would do, from a few measured batches; nothing is written. Raises as `label` does."""
+    wanted, accelerator = wanted_views(recipe, views), make_accelerator("label", recipe.precision)
     labeler, manifest = make_labeler(recipe, accelerator)
     found = preflight(labeler, manifest)
     check_top1(found, recipe.min_top1)
@@ -67,26 +68,46 @@ def estimate(recipe: LabelRecipe, views: range | None = None) -> str:
     return f"{describe_teachers(found, manifest)}\n{run}"
 
 
-def make_labeler(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labeler, StoreManifest]:
-    """The teachers of a recipe with the images they look at, and the manifest of a store that they make (without
-    probes). Raises DataError when they do not fit together."""
-    beton = open_beton(recipe.beton)
-    found = len(beton.manifest.classes)
-    if found != recipe.classes:
-        raise DataError(
-            f"{recipe.beton}: expected {recipe.classes} classes, as the recipe says, found {found}; correct one"
-        )
-    with accelerator.main_process_first():  # one download serves all processes
-        teachers = _load_teachers(recipe)
-    manifest = _manifest(recipe, beton, teachers)
-    return Labeler(recipe, beton, teachers, accelerator.device), manifest
+def _store_and_units(
+    labeler: Labeler, manifest: StoreManifest, views: Sequence[int], accelerator: Accelerator
+) -> tuple[Store, list[Unit]]:
+    """The store and what is to be labeled in it. The main process prepares both, the others wait for it."""
+    store, units = None, []
+    if accelerator.is_main_process:
+        store, units = _prepare(labeler, manifest, views, accelerator.num_processes)
+    [units] = broadcast_object_list([units])
+    return store or open_store(labeler.recipe.store), units
 
 
-def open_matching(labeler: Labeler, manifest: StoreManifest) -> Store:
-    """The store of the labeler's recipe. Raises DataError when it was made from other work, naming the first
-    difference, and when views are no longer rendered as they were. It may have fewer views than the recipe."""
+def _prepare(
+    labeler: Labeler, manifest: StoreManifest, views: Sequence[int], processes: int
+) -> tuple[Store, list[Unit]]:
+    """Plan the work and, where there is any, make the store or room in it, once the teachers are seen to be right."""
+    recipe = labeler.recipe
+    store = open_store(recipe.store) if store_exists(recipe.store) else None
+    if store:
+        check_matches(store, labeler, manifest)
+    units = plan_work(manifest, views, store)
+    if store and not units:
+        return store, units
+    found = preflight(labeler, manifest)
+    print(describe_teachers(found, manifest))
+    check_top1(found, recipe.min_top1)
+    store = _create_or_grow(store, labeler, manifest)
+    views_left = -(-count_views(store, units) // manifest.samples)
+    print(describe_run(found, manifest, views_left, processes))
+    check_room(store, found, manifest, views_left)
+    return store, units
+
+
+def check_matches(store: Store, labeler: Labeler, manifest: StoreManifest) -> None:
+    """Check that a store is of this recipe's work; it may have fewer views.
+
+    Raises:
+        DataError: when it was made from other work, naming the first difference, and when views are no longer rendered
+            as they were.
+    """
     recipe, beton = labeler.recipe, labeler.beton
-    store = open_store(recipe.store)
     wanted, found = (document.model_dump(exclude={"libraries", "probes"}) for document in (manifest, store.manifest))
     if found["views"]["count"] < recipe.views.count:
         found["views"]["count"] = recipe.views.count
@@ -101,70 +122,27 @@ def open_matching(labeler: Labeler, manifest: StoreManifest) -> Store:
             "name another store"
         )
     check_probes(beton, store.manifest, recipe.store)
+
+
+def _create_or_grow(store: Store | None, labeler: Labeler, manifest: StoreManifest) -> Store:
+    """A store with room for all of the recipe's views, and the recipe beside it."""
+    recipe, beton = labeler.recipe, labeler.beton
+    if store is None:
+        probes = make_probes(beton, recipe.views, labeler.sizes[0])
+        whole = manifest.model_copy(update={"probes": probes})
+        store = create_store(recipe.store, whole, beton.keys, beton.crc32, exist_ok=True)
+        check_matches(store, labeler, manifest)  # another launch may have been faster, with another recipe
+    if store.manifest.views.count < recipe.views.count:
+        store.grow(recipe.views.count)
+    store.location.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
     return store
 
 
-def missing_units(store: Store, views: range) -> list[Unit]:
-    """What is not labeled yet: the views of the template together, where one of them or the template is missing,
-    then view by view."""
-    missing = store.digests() == 0
-    together = range(store.manifest.template.views) if store.manifest.template else range(0)
-    units: list[Unit] = []
-    if together and together[0] in views:
-        open_blocks = missing[together].any(axis=0) | (store.template_digests() == 0)
-        units = [(together, int(block)) for block in np.flatnonzero(open_blocks)]
-    alone = (view for view in views if view not in together)
-    return units + [(range(view, view + 1), int(block)) for view in alone for block in np.flatnonzero(missing[view])]
-
-
-def _wanted(recipe: LabelRecipe, views: range | None) -> range:
-    count, template = recipe.views.count, recipe.template.views if recipe.template else 0
-    if views is None:
-        return range(count)
-    if views.stop > count:
-        raise DataError(
-            f"--views: expected numbers from 0 to {count - 1}, as views.count says, found {views.stop - 1}; correct one"
-        )
-    if views.start < template and not (views.start == 0 and views.stop >= template):
-        raise DataError(
-            f"--views: expected all of the views 0-{template - 1} that make the tail template or none of them, "
-            f"found {views.start}-{views.stop - 1}; go from 0 to {template - 1} at least, or start at {template}"
-        )
-    return views
-
-
-def _prepare(labeler: Labeler, manifest: StoreManifest, views: range, processes: int) -> list[Unit]:
-    """Make the store, or make room for more views in it, once the teachers have shown what they do; returns what is to
-    be labeled."""
-    recipe = labeler.recipe
-    store = open_matching(labeler, manifest) if store_exists(recipe.store) else None
-    grows = store is not None and store.manifest.views.count < recipe.views.count
-    units = missing_units(store, views) if store and not grows else None
-    if units is not None and not units:
-        return []
-    found = preflight(labeler, manifest)
-    print(describe_teachers(found, manifest))
-    check_top1(found, recipe.min_top1)
-    if store is None:
-        probes = make_probes(labeler.beton, recipe.views, labeler.sizes[0])
-        whole, beton = manifest.model_copy(update={"probes": probes}), labeler.beton
-        create_store(recipe.store, whole, beton.keys, beton.crc32, exist_ok=True)
-        store = open_matching(labeler, manifest)  # another launch may have been faster, with another recipe
-    elif grows:
-        store.grow(recipe.views.count)
-    store.location.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
-    if units is None:
-        units = missing_units(store, views)
-    left = sum(len(together) * len(_rows(store, block)) for together, block in units)
-    views_left = -(-left // manifest.samples)
-    print(describe_run(found, manifest, views_left, processes))
-    needed, free = found.stored_bytes(manifest, views_left), store.location.free_bytes()
-    if free is not None and needed > free:
-        raise DataError(
-            f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labeled yet, found "
-            f"{free / 1e6:.0f} MB; make room, or lower views.count or top_k"
-        )
-    return units
+def _progress_bar(store: Store, units: Sequence[Unit], accelerator: Accelerator) -> tqdm:
+    """The main process shows how far its own units are."""
+    quiet = not accelerator.is_main_process or not units
+    total = count_views(store, units)
+    return tqdm(total=total, desc=f"label {store.name}", unit="view", smoothing=0.1, disable=quiet)
 
 
 class _Status:
@@ -187,104 +165,59 @@ def label_units(
     units: Sequence[Unit],
     stop: StopSignal,
     update: Callable[[range, LabeledBatch], None],
-    writer: ThreadPoolExecutor,
 ) -> bool:
-    """Label units one after the other, each written while the next one is labeled; False when a stop signal came."""
+    """Label units one after the other, each written while the next one is labeled.
+
+    `update` is called with a unit's views and each of its batches.
+
+    Returns:
+        False when a stop signal came; the unit in work is dropped then.
+    """
     writing: Future[None] | None = None
-    for views, block in units:
-        if not _is_open(store, views, block):
-            continue  # another launch was faster
-        rows = _rows(store, block)
-        parts = _parts(labeler, rows, views, _makes_template(store, views), stop, update)
+    with ThreadPoolExecutor(1, "write") as writer:
+        for unit in units:
+            if not _is_open(store, unit):
+                continue  # another launch was faster
+            batches = _label_unit(labeler, store, unit, stop, update)
+            if writing:
+                writing.result()
+            if batches is None:
+                return False
+            writing = writer.submit(_commit, store, unit, batches)
         if writing:
             writing.result()
-        if parts is None:
-            return False
-        writing = writer.submit(_commit, store, views, block, parts)
-    if writing:
-        writing.result()
     return True
 
 
-def _parts(
-    labeler: Labeler,
-    rows: np.ndarray,
-    views: range,
-    template: bool,
-    stop: StopSignal,
-    update: Callable[[range, LabeledBatch], None],
+def _label_unit(
+    labeler: Labeler, store: Store, unit: Unit, stop: StopSignal, update: Callable[[range, LabeledBatch], None]
 ) -> list[LabeledBatch] | None:
-    """Labels of some views of the rows, in their order; None when a stop signal came."""
-    parts = []
-    for part in labeler.labels(rows, np.tile(np.arange(views.start, views.stop), (len(rows), 1)), template):
+    """The labels of a unit's rows, in their order; None when a stop signal came."""
+    rows, batches = rows_of(store, unit.block), []
+    views = np.tile(np.arange(unit.views.start, unit.views.stop), (len(rows), 1))
+    for batch in labeler.labels(rows, views, _makes_template(store, unit)):
         if stop.received:
             return None
-        parts.append(part)
-        update(views, part)
-    return parts
+        batches.append(batch)
+        update(unit.views, batch)
+    return batches
 
 
-def _commit(store: Store, views: range, block: int, parts: Sequence[LabeledBatch]) -> None:
-    templates = [part.template for part in parts if part.template is not None]
+def _commit(store: Store, unit: Unit, batches: Sequence[LabeledBatch]) -> None:
+    templates = [batch.template for batch in batches if batch.template is not None]
     if templates:
-        store.write_template(block, np.concatenate(templates))
-    codes = Codes.concatenate([part.codes for part in parts])
-    for place, view in enumerate(views):
-        store.write_block(view, block, codes[place :: len(views)])
+        store.write_template(unit.block, np.concatenate(templates))
+    codes = Codes.concatenate([batch.codes for batch in batches])
+    for column, view in enumerate(unit.views):  # codes stand image by image, each with all views of the unit
+        store.write_block(view, unit.block, codes[column :: len(unit.views)])
 
 
-def _makes_template(store: Store, views: range) -> bool:
-    return store.manifest.template is not None and views.start == 0
+def _makes_template(store: Store, unit: Unit) -> bool:
+    return store.manifest.template is not None and unit.views.start == 0
 
 
-def _is_open(store: Store, views: range, block: int) -> bool:
+def _is_open(store: Store, unit: Unit) -> bool:
     """Whether something of a unit is still missing."""
-    if _makes_template(store, views) and not store.has_template(block):
+    if _makes_template(store, unit) and not store.has_template(unit.block):
         return True
-    return not all(store.is_block_labeled(view, block) for view in views)
-
-
-def _rows(store: Store, block: int) -> np.ndarray:
-    rows = store.rows(block)
-    return np.arange(rows.start, rows.stop)
-
-
-def _load_teachers(recipe: LabelRecipe) -> list[Teacher]:
-    try:
-        return [
-            load_teacher(teacher.model, teacher.library, teacher.checkpoint, teacher.size, recipe.classes)
-            for teacher in recipe.teachers
-        ]
-    except TeacherError as error:
-        raise DataError(str(error)) from None
-
-
-def _manifest(recipe: LabelRecipe, beton: Beton, teachers: Sequence[Teacher]) -> StoreManifest:
-    records = [
-        TeacherRecord(
-            model=teacher.name,
-            library=teacher.library,
-            weights_digest=teacher.weights_digest(),
-            size=teacher.size,
-            mean=_fractions(teacher.mean),
-            std=_fractions(teacher.std),
-            interpolation=teacher.interpolation,
-            weight=wanted.weight,
-        )
-        for teacher, wanted in zip(teachers, recipe.teachers, strict=True)
-    ]
-    shared = ("classes", "top_k", "block_rows", "batch_size", "views", "ensemble", "flip_average", "template")
-    device = ("precision", "channels_last", "compile")
-    return StoreManifest(
-        samples=len(beton),
-        class_list_digest=text_digest(beton.manifest.classes),
-        teachers=tuple(records),
-        probes=(),  # rendered when the store is made
-        libraries=library_versions(),
-        **{name: getattr(recipe, name) for name in shared + device},
-    )
-
-
-def _fractions(channels: Tensor) -> tuple[float, float, float]:
-    red, green, blue = (channels / 255).flatten().tolist()
-    return red, green, blue
+    return not all(store.is_block_labeled(view, unit.block) for view in unit.views)

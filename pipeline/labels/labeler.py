@@ -1,4 +1,4 @@
-"""Rows and views -> pixels -> teachers -> codes: what labeling, its estimate and its verification have in common."""
+"""Rows and views -> pixels -> teachers -> codes: what labeling, its preflight and the spot check have in common."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -6,24 +6,29 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.pipeline.images.beton import Beton
+from softshard.pipeline.images.beton import Beton, open_beton
+from softshard.pipeline.images.manifest import StoreManifest, TeacherRecord, library_versions, text_digest
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.store.topk import Codes, Encoded, encode_on_device, encode_template, to_codes
 from softshard.pipeline.views.batch import Batch
 from softshard.pipeline.views.loader import ViewLoader
-from softshard.teachers import Ensemble, Teacher, TeacherError
+from softshard.teachers import Ensemble, Teacher, TeacherError, load_teacher
 
 MOST_LISTED = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TeacherOutput(NamedTuple):
-    """For a batch of B images in G views: rows int64 [B], views int64 [B, G], logits float32 [B, G, C] on the teacher's
-    device, hard int64 [B, G], the hard label of each view (of its larger part where images are mixed)."""
+    """What the teachers say about a batch of B images in G views.
+
+    rows int64 [B], views int64 [B, G], logits float32 [B, G, C] on the teacher's device, hard int64 [B, G], the hard
+    label of each view (of its larger part where images are mixed).
+    """
 
     rows: NDArray[np.int64]
     views: NDArray[np.int64]
@@ -32,8 +37,11 @@ class TeacherOutput(NamedTuple):
 
 
 class LabeledBatch(NamedTuple):
-    """Of a batch: codes of [B * G] views, image by image; whether each teacher's first class is the hard label, bool
-    [B * G]; the tail template of each image over its G views, uint8 [B, C], where it was asked for."""
+    """The labels of a batch of B images in G views.
+
+    Codes of [B * G] views, image by image; whether the teachers' first class is the hard label, bool [B * G]; the tail
+    template of each image over its G views, uint8 [B, C], where it was asked for.
+    """
 
     codes: Codes
     correct: NDArray[np.bool_]
@@ -55,9 +63,14 @@ class Labeler:
         self._loaders: dict[int, list[ViewLoader]] = {}
 
     def outputs(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Iterator[TeacherOutput]:
-        """What the teachers say about views [N, G] of the rows, in batches of whole images.
+        """What the teachers say about views of images, in batches of whole images.
 
-        Raises DataError when images have changed or do not decode.
+        Args:
+            rows: of the packed images, int64 [N].
+            views: the numbers of the views of each, int64 [N, G].
+
+        Raises:
+            DataError: when images have changed or do not decode.
         """
         start = 0
         with ExitStack() as stack:
@@ -70,10 +83,17 @@ class Labeler:
                 start = end
 
     def labels(self, rows: NDArray[np.int64], views: NDArray[np.int64], template: bool) -> Iterator[LabeledBatch]:
-        """The codes of views [N, G] of the rows. The teacher works on a batch while the codes of the one before are
-        fetched from its device.
+        """The codes of views of images.
 
-        Raises DataError as `outputs` does, and when logits are not finite, naming the images.
+        The teacher works on a batch while the codes of the one before are fetched from its device.
+
+        Args:
+            rows: of the packed images, int64 [N].
+            views: the numbers of the views of each, int64 [N, G].
+            template: whether the mean over the G views is wanted, too.
+
+        Raises:
+            DataError: as `outputs` does, and when logits are not finite, naming the images.
         """
         waiting = None
         for output in self.outputs(rows, views):
@@ -126,3 +146,62 @@ class Labeler:
                 f"teachers: expected finite logits, found NaN or infinity for {len(keys)} images, such as "
                 f"view {output.views[bad][0]} of {', '.join(keys[:MOST_LISTED])}; check the weights and the precision"
             )
+
+
+def make_labeler(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labeler, StoreManifest]:
+    """The teachers of a recipe with the images they look at, and the manifest of their store, without golden probes.
+
+    Raises:
+        DataError: when images, classes and teachers do not fit together, or a teacher cannot be loaded.
+    """
+    beton = open_beton(recipe.beton)
+    found = len(beton.manifest.classes)
+    if found != recipe.classes:
+        raise DataError(
+            f"{recipe.beton}: expected {recipe.classes} classes, as the recipe says, found {found}; correct one"
+        )
+    with accelerator.main_process_first():  # one download serves all processes
+        teachers = _load_teachers(recipe)
+    manifest = _store_manifest(recipe, beton, teachers)
+    return Labeler(recipe, beton, teachers, accelerator.device), manifest
+
+
+def _load_teachers(recipe: LabelRecipe) -> list[Teacher]:
+    try:
+        return [
+            load_teacher(teacher.model, teacher.library, teacher.checkpoint, teacher.size, recipe.classes)
+            for teacher in recipe.teachers
+        ]
+    except TeacherError as error:
+        raise DataError(str(error)) from None
+
+
+def _store_manifest(recipe: LabelRecipe, beton: Beton, teachers: Sequence[Teacher]) -> StoreManifest:
+    records = [
+        TeacherRecord(
+            model=teacher.name,
+            library=teacher.library,
+            weights_digest=teacher.weights_digest(),
+            size=teacher.size,
+            mean=_fractions(teacher.mean),
+            std=_fractions(teacher.std),
+            interpolation=teacher.interpolation,
+            weight=wanted.weight,
+        )
+        for teacher, wanted in zip(teachers, recipe.teachers, strict=True)
+    ]
+    shared = ("classes", "top_k", "block_rows", "batch_size", "views", "ensemble", "flip_average", "template")
+    device = ("precision", "channels_last", "compile")
+    return StoreManifest(
+        samples=len(beton),
+        class_list_digest=text_digest(beton.manifest.classes),
+        teachers=tuple(records),
+        probes=(),  # rendered when the store is made
+        libraries=library_versions(),
+        **{name: getattr(recipe, name) for name in shared + device},
+    )
+
+
+def _fractions(channels: Tensor) -> tuple[float, float, float]:
+    red, green, blue = (channels / 255).flatten().tolist()
+    return red, green, blue

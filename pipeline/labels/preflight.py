@@ -1,4 +1,4 @@
-"""A look at a few views before a run that may take days: is the teacher right, how long, how many bytes."""
+"""A few labeled views before a run that may take days: are the teachers right, how long, how large, is there room."""
 
 import time
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.labels.labeler import LabeledBatch, Labeler
 from softshard.pipeline.runtime.errors import DataError
+from softshard.pipeline.store.store import Store
 from softshard.pipeline.store.topk import Codes, decode
 from softshard.pipeline.store.unit import code_arrays
 from softshard.pipeline.store.zarr_group import compressed_bytes
@@ -21,8 +22,11 @@ FILES_A_BLOCK = 4
 
 @dataclass(frozen=True)
 class Preflight:
-    """top1: percent of hard labels; confidence: mean probability of the first class; tail: mean mass outside the top
-    k; bytes as they are stored; `seconds` each view of an image took one process."""
+    """What a few labeled views show.
+
+    top1: percent of hard labels; confidence: mean probability of the first class; tail: mean mass outside the top k;
+    bytes as they are stored; seconds that each view of an image took one process.
+    """
 
     images: int
     top1: float
@@ -40,7 +44,7 @@ class Preflight:
 
 
 def preflight(labeler: Labeler, manifest: StoreManifest) -> Preflight:
-    """Label one view of up to IMAGES images, evenly spaced in the file."""
+    """Label one view of up to IMAGES images, evenly spaced in the file. Raises DataError as `Labeler.labels` does."""
     total, recipe = len(labeler.beton), labeler.recipe
     count = min(IMAGES, total)
     rows, views = np.arange(count) * total // count, np.arange(count)[:, None] % recipe.views.count
@@ -78,6 +82,16 @@ def check_top1(found: Preflight, minimum: float | None) -> None:
         raise DataError(
             f"teachers: expected a top-1 of min_top1 = {minimum} % on the hard labels, found {found.top1:.1f} % on "
             f"{found.images} views; check mean and std, the order of the classes, and the weights"
+        )
+
+
+def check_room(store: Store, found: Preflight, manifest: StoreManifest, views: int) -> None:
+    """Raises DataError when the disk has less room than labels of some views of all images are expected to take."""
+    needed, free = found.stored_bytes(manifest, views), store.location.free_bytes()
+    if free is not None and needed > free:
+        raise DataError(
+            f"{store.name}: expected about {needed / 1e6:.0f} MB of free disk for what is not labeled yet, found "
+            f"{free / 1e6:.0f} MB; make room, or lower views.count or top_k"
         )
 
 

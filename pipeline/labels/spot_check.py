@@ -5,14 +5,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.pipeline.labels.label import make_labeler, open_matching
-from softshard.pipeline.labels.labeler import Labeler
+from softshard.pipeline.labels.label import check_matches
+from softshard.pipeline.labels.labeler import Labeler, make_labeler
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.launch import make_accelerator
-from softshard.pipeline.store.store import Store
+from softshard.pipeline.runtime.report import Report
+from softshard.pipeline.store.store import Store, open_store
 from softshard.pipeline.store.topk import CODE_MAX, STEPS_PER_NAT, TAIL_OFFSET, Codes
-from softshard.pipeline.verify import Report
 
 HALF_STEP = 1 / (2 * STEPS_PER_NAT)
 # nats beyond rounding that another batch, thread count or device may change: 8, 11 and 24 bits of precision
@@ -20,11 +20,20 @@ TOLERANCE = {"bf16": 0.25, "fp16": 0.05, "float32": 0.01}
 
 
 def spot_check(recipe: LabelRecipe, sample: int, seed: int) -> Report:
-    """Render and label `sample` random labeled views again, and the tail templates of as many images as make `sample`
-    views. Raises DataError when the store is not the recipe's, or holds no labels."""
+    """Render and label random views of a store again, and compare.
+
+    Args:
+        recipe: by which the store was made.
+        sample: how many labeled views; tail templates are compared for as many images as make this number of views.
+        seed: of the random choice.
+
+    Raises:
+        DataError: when the store is not the recipe's, or holds no labels.
+    """
     accelerator = make_accelerator("verify", recipe.precision)
     labeler, manifest = make_labeler(recipe, accelerator)
-    store = open_matching(labeler, manifest)
+    store = open_store(recipe.store)
+    check_matches(store, labeler, manifest)
     rng = np.random.default_rng(seed)
     rows, views = _choose(store, sample, rng)
     problems, largest, done = [], 0.0, 0

@@ -8,16 +8,21 @@ from torch import Tensor
 
 
 class Mixed(NamedTuple):
-    """labels: int64, those of the images that were mixed in; lam: float32, what is left of the images themselves
-    (1 where nothing was mixed in). Both are [B] or [B, G], on the loader's device."""
+    """What was mixed in, as [B] or [B, G] on the loader's device.
+
+    labels: int64, those of the images that were mixed in; lam: float32, what is left of the images themselves, as
+    Mixup's lambda (1 where nothing was mixed in).
+    """
 
     labels: Tensor
     lam: Tensor
 
 
 class Batch(NamedTuple):
-    """images: uint8 [B, 3, S, S] (channels_last), or [B, G, 3, S, S] for G views of each image; labels: int64 [B];
-    both on the loader's device; rows: int64 [B]; mixed: None unless the recipe mixes.
+    """Rendered views of B images.
+
+    images: uint8 [B, 3, S, S] (channels_last), or [B, G, 3, S, S] for G views of each image; labels: int64 [B]; both on
+    the loader's device; rows: int64 [B]; mixed: None unless the recipe mixes.
 
     On the CPU `images` is the loader's own memory: valid until the next batch is asked for.
     """

@@ -20,6 +20,7 @@ from softshard.pipeline.runtime.files import atomic_path
 from softshard.pipeline.views.describe import ViewDescription, describe_view, in_words
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.pipeline.views.parameters import view_parameters
+from softshard.pipeline.views.selection import view_ranges
 
 MOST_VIEWS, MOST_PIXELS = 400, 1 << 25  # on a sheet
 CLOSE, COMPARED = 3, 20_000  # how many keys are named when one is unknown, and compared to find them
@@ -32,16 +33,21 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 class Tile(NamedTuple):
-    """A view: number, pixels (uint8 [S, S, 3]), what it is made of, the lam of the image itself, and words for it."""
+    """A view: number, pixels (uint8 [S, S, 3]), what it is made of, lam, and words for it.
+
+    lam is what is left of the image itself where another is mixed in.
+    """
 
     view: int
     pixels: NDArray[np.uint8]
-    explanation: ViewDescription
+    description: ViewDescription
     lam: float
     words: list[str]
 
 
 class Line(NamedTuple):
+    """A line of text as it is drawn."""
+
     text: str
     font: Font
     color: tuple[int, int, int]
@@ -49,8 +55,21 @@ class Line(NamedTuple):
 
 
 def make_sheet(recipe: LabelRecipe, keys: Sequence[str], views: str, out: Path, size: int | None = None) -> str:
-    """Write a sheet with a row for each key and a column for each view, at the teacher's size or another; returns what
-    it is, for people. Raises RecipeError and DataError when something of the command line does not fit.
+    """Write a sheet with a row for each key and a column for each view.
+
+    Args:
+        recipe: of the views, and of the images.
+        keys: of the images, also several in a text with commas between them.
+        views: numbers and ranges, such as 0,3,5-6.
+        out: the .png to write.
+        size: pixels of a view's side; None: the first teacher's.
+
+    Returns:
+        What was written, for people.
+
+    Raises:
+        RecipeError: for views, sizes, numbers of views and file names that do not fit.
+        DataError: for unknown keys, and images that have changed.
     """
     if out.suffix.lower() != ".png":
         raise RecipeError(f"--out: expected a name that ends in .png, found {str(out)!r}")
@@ -71,25 +90,12 @@ def make_sheet(recipe: LabelRecipe, keys: Sequence[str], views: str, out: Path, 
     return f"{out}: {len(numbers)} views of {len(rows)} images, {size} x {size} pixels each"
 
 
-def view_ranges(text: str, count: int) -> list[range]:
-    """'0,3,5-6' -> [range(0, 1), range(3, 4), range(5, 7)]. Raises RecipeError."""
-    ranges = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, re.ASCII)
-        if not match:
-            raise RecipeError(f"--views: expected numbers and ranges such as 0,3,5-6, found {part!r} in {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise RecipeError(f"--views: expected ranges that go up, found {part.strip()}; write {last}-{first}")
-        if last >= count:
-            raise RecipeError(f"--views: expected numbers from 0 to {count - 1}, as views.count says, found {last}")
-        ranges.append(range(first, last + 1))
-    return ranges
-
-
 def find_rows(beton: Beton, keys: Sequence[str]) -> list[int]:
-    """The rows of keys; each text is a key, or several with commas between them. Raises DataError with a line for each
-    key that is unknown."""
+    """The rows of keys; each text is a key, or several with commas between them.
+
+    Raises:
+        DataError: with a line for each key that is unknown.
+    """
     row_of = {key: row for row, key in enumerate(beton.manifest.keys)}
     wanted = [key for text in keys for key in ([text] if text in row_of else text.split(","))]
     unknown = dict.fromkeys(key for key in wanted if key not in row_of)
@@ -122,7 +128,7 @@ def _check_extent(rows: int, columns: int, size: int) -> None:
 def render_tiles(
     beton: Beton, views: ViewRecipe, rows: Sequence[int], numbers: NDArray[np.int64], size: int, workers: int
 ) -> list[list[Tile]]:
-    """These views of each of these rows."""
+    """Each of these rows in each of the views with these numbers, int64 [V]."""
     loader = ViewLoader(beton, views, size, 1, workers, torch.device("cpu"), batches_ahead=1)
     parameters = view_parameters(views)
     tiles = []
@@ -131,8 +137,8 @@ def render_tiles(
         lams = batch.mixed.lam[0].tolist() if batch.mixed else [1.0] * len(numbers)
         tiles.append([])
         for view, pixels, lam in zip(numbers.tolist(), pictures, lams, strict=True):
-            explanation = describe_view(beton, parameters, row, view, size)
-            tiles[-1].append(Tile(view, pixels, explanation, lam, in_words(explanation, beton, row, lam)))
+            description = describe_view(beton, parameters, row, view, size)
+            tiles[-1].append(Tile(view, pixels, description, lam, in_words(description, beton, row, lam)))
     return tiles
 
 

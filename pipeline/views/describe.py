@@ -16,6 +16,8 @@ from softshard.pipeline.views.render import denominator, find_partners
 
 
 class Box(NamedTuple):
+    """In pixels, of the image or of the view."""
+
     top: int
     left: int
     height: int
@@ -26,9 +28,12 @@ class Box(NamedTuple):
 
 
 class ViewDescription(NamedTuple):
-    """All that decides the pixels of a view. `crop` is in pixels of the image, `erased` (filled with noise or with the
-    mean color) and `cut` in pixels of the view; operations have the arguments that their kernels take. `kind`, `cut`
-    and `partner`, a row or -1, belong to mixing."""
+    """All that decides the pixels of a view.
+
+    `crop` is in pixels of the image, `erased` (filled with noise or with the mean color) and `cut` in pixels of the
+    view; operations have the arguments that their kernels take. `kind`, `cut` and `partner`, a row or -1, belong to
+    mixing.
+    """
 
     crop: Box
     flip: bool
@@ -42,6 +47,7 @@ class ViewDescription(NamedTuple):
 
 
 def describe_view(beton: Beton, p: ViewParameters, row: int, view: int, size: int) -> ViewDescription:
+    """What decides the pixels of a view of `size` x `size` pixels."""
     key, height, width = beton.keys[row], beton.heights[row], beton.widths[row]
     plan, erased = np.zeros((policies.PLAN_LENGTH, 2), np.int64), np.zeros((int(p.erase_count), 4), np.int64)
     geometry, scale, operations, boxes, kind, cut = _decide(
@@ -81,33 +87,35 @@ def _keyed(sources: str):
 _decide = _keyed(sources_digest())
 
 
-def in_words(explanation: ViewDescription, beton: Beton, row: int, lam: float) -> list[str]:
-    """A line for each thing that was done to a view, in the order of the work. `lam` is what is left of the image
-    itself where another is mixed in."""
-    crop, image = explanation.crop, int(beton.heights[row] * beton.widths[row])
+def in_words(description: ViewDescription, beton: Beton, row: int, lam: float) -> list[str]:
+    """A line for each thing that was done to a view, in the order of the work.
+
+    `lam` is what is left of the image itself where another is mixed in.
+    """
+    crop, image = description.crop, int(beton.heights[row] * beton.widths[row])
     lines = [f"crop {crop} ({crop.height * crop.width / image:.0%})"]
-    if explanation.denominator > 1:
-        lines.append(f"decoded at 1/{explanation.denominator}")
-    if explanation.flip:
+    if description.denominator > 1:
+        lines.append(f"decoded at 1/{description.denominator}")
+    if description.flip:
         lines.append("flipped")
-    lines += [operation_in_words(*operation) for operation in explanation.operations]
-    filling = "noise" if explanation.noise else "mean color"
-    lines += [f"erased {box}, {filling}" for box in explanation.erased]
-    if explanation.partner >= 0:
-        lines.append(_mixing_in_words(explanation, beton, row, lam))
+    lines += [operation_in_words(*operation) for operation in description.operations]
+    filling = "noise" if description.noise else "mean color"
+    lines += [f"erased {box}, {filling}" for box in description.erased]
+    if description.partner >= 0:
+        lines.append(_mixing_in_words(description, beton, row, lam))
     return lines
 
 
-def _mixing_in_words(explanation: ViewDescription, beton: Beton, row: int, lam: float) -> str:
-    kind = "mixup" if explanation.kind == mixing.MIXUP else "cutmix"
-    if explanation.partner == row:
+def _mixing_in_words(description: ViewDescription, beton: Beton, row: int, lam: float) -> str:
+    kind = "mixup" if description.kind == mixing.MIXUP else "cutmix"
+    if description.partner == row:
         return f"{kind} with itself"
-    part = f"{1 - lam:.0%}" if explanation.kind == mixing.MIXUP else str(explanation.cut)
-    return f"{kind}: {lam:.0%} of itself, {part} of {beton.manifest.keys[explanation.partner]}"
+    part = f"{1 - lam:.0%}" if description.kind == mixing.MIXUP else str(description.cut)
+    return f"{kind}: {lam:.0%} of itself, {part} of {beton.manifest.keys[description.partner]}"
 
 
 def operation_in_words(operation: int, argument: int) -> str:
-    """'rotate 12.5° clockwise'"""
+    """An operation with its argument, as in 'rotate 12.5° clockwise'."""
     write = ARGUMENTS.get(operation)
     return policies.OPERATION_NAMES[operation] + (f" {write(argument)}" if write else "")
 

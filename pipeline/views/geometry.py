@@ -22,8 +22,10 @@ def center_box(height, width, fraction):
 
 @compiled
 def crop_box(state, height, width, p):
-    """(top, left, height, width) of a random resized crop: area and log aspect uniform, ten tries, then the center
-    crop nearest to the allowed aspects (torchvision.transforms.RandomResizedCrop)."""
+    """(top, left, height, width) of a random resized crop, as torchvision.transforms.RandomResizedCrop.
+
+    Area and log aspect are uniform; after ten tries it is the center crop nearest to the allowed aspects.
+    """
     for attempt in range(CROP_TRIES):
         scale = p.scale_low + draw_below(state, 4 * attempt, p.scale_high - p.scale_low + 1)
         side = np.sqrt(np.float64(height * width) * np.float64(scale) / ONE)

@@ -40,10 +40,17 @@ def make_probes(beton: Beton, views: ViewRecipe, size: int) -> tuple[Probe, ...]
 
 
 def check_probes(beton: Beton, manifest: StoreManifest, where: str) -> None:
-    """Render the probes of a store's manifest again from a .beton, which may hold a part of the images.
+    """Render the probes of a store's manifest again and compare.
 
-    Warns when pixels differ by less than LARGEST_DIFFERENCE on average, or when none of the probes' images is there;
-    raises DataError when they differ by more. Both name the libraries that differ.
+    Warns when pixels differ by less than LARGEST_DIFFERENCE on average, or when none of the probes' images is there.
+
+    Args:
+        beton: the packed images, or a part of them.
+        manifest: the store's.
+        where: the store, for messages.
+
+    Raises:
+        DataError: when pixels differ by more, naming the libraries that differ.
     """
     wanted = {probe.key for probe in manifest.probes}
     row_of = {key: row for row, key in enumerate(beton.manifest.keys) if key in wanted}

@@ -1,36 +1,31 @@
 """The loader: rows and view numbers in, batches of pixels out, rendered by one FFCV decoder in a background thread.
 
-FFCV by itself ignores the JPEG decoder's return code, waits for ever when its thread dies, and leaks the thread and its
-buffers when an epoch is left early. Here a return code, a wrong checksum or an exception becomes an error that names
-the samples, a dead thread is noticed, and leaving the loop by any way closes the epoch.
+FFCV ignores the return code of its JPEG decoder. Here that, a wrong checksum or an exception raises an error that names
+the images, and leaving the loop by any way closes the epoch. `softshard.pipeline.images.ffcv_bridge` has what else FFCV
+needs.
 """
 
-from softshard.pipeline.images.beton import (  # imports ffcv first, and undoes what that does to torch
-    Beton,
-    kept_threads,
-)
-
-# isort: split
-import queue
 import sys
 import threading
 import time
-from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
 from numpy.typing import NDArray
 
+from softshard.pipeline.images.beton import Beton
+from softshard.pipeline.images.ffcv_bridge import (
+    AllocationQuery,
+    DecodeError,
+    Epoch,
+    ImageDecoder,
+    Loader,
+    make_loader,
+)
 from softshard.pipeline.recipes.recipe import ViewRecipe
 from softshard.pipeline.runtime.errors import DataError, RecipeError
 from softshard.pipeline.views.batch import Batch, Mixed
@@ -38,22 +33,31 @@ from softshard.pipeline.views.kernels.rng import ONE
 from softshard.pipeline.views.parameters import ViewParameters, center_fraction, view_parameters
 from softshard.pipeline.views.render import find_partners, render
 
-POLL_SECONDS, NOTICE_SECONDS = 0.2, 3.0
+NOTICE_SECONDS = 3.0
 NO_SLOTS = np.zeros(1, np.uint32)
 PARTS_A_WORKER = 4  # a batch is dealt in more parts than threads, so that none waits long for the others
-_BUILDING = threading.Lock()
 
 
 class ViewLoader:
     """Renders any list of (row, view) pairs of a .beton at one output size.
 
-    views: the recipe, or None for a loader that only renders the center view (validation);
-    workers: decoding threads; crop_pct: timm's, for the center view;
-    waited: seconds that `render` has waited for decoded batches so far;
-    os_cache, batches_ahead: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it
-    still needs, for files larger than memory: rows then come fastest in the order of the file.
+    Args:
+        beton: the packed images.
+        views: their recipe, or None for a loader that only renders the center view (validation).
+        size: pixels of a view's side.
+        batch_size: images in a batch.
+        workers: decoding threads.
+        device: where batches go.
+        crop_pct: timm's, for the center view.
+        os_cache: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it still needs,
+            for files larger than memory: rows then come fastest in the order of the file.
+        batches_ahead: FFCV's: batches that wait, rendered, for the one who iterates.
 
-    Raises RecipeError for views that mix images, without the system's cache: their partners are anywhere in the file.
+    Attributes:
+        waited: seconds that `render` has waited for decoded batches so far.
+
+    Raises:
+        RecipeError: for views that mix images, without the system's cache: their partners are anywhere in the file.
     """
 
     def __init__(
@@ -80,10 +84,17 @@ class ViewLoader:
         self.waited = 0.0
 
     def render(self, rows: NDArray[np.int64], views: NDArray[np.int64] | int) -> Generator[Batch, None, None]:
-        """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller. With views of shape
-        [N, G], G views of each image, which is decoded once for all of them.
+        """Batches of the pairs (rows[i], views[i]) in their order; the last one may be smaller.
 
-        Raises DataError naming keys when images have changed or do not decode, RuntimeError when the thread died.
+        With views of shape [N, G], G views of each image, which is decoded once for all of them.
+
+        Args:
+            rows: of the packed images, int64 [N].
+            views: the numbers of their views, int64 [N] or [N, G]; one number is that of all.
+
+        Raises:
+            DataError: when images have changed or do not decode, naming keys.
+            RuntimeError: when the thread died.
         """
         rows, numbers = np.array(rows, np.int64), np.array(views, np.int64)
         several = numbers.ndim == 2
@@ -98,16 +109,10 @@ class ViewLoader:
                 end = start + len(output.pixels)
                 part = slice(start, end)
                 batch = self._batch(output, rows[part], partners[part], several)
-                copied = None if self._device.type == "cpu" else torch.Event(self._device, blocking=True)
-                if copied:
-                    copied.record()
-                try:
+                with _copied(self._device):
                     yield batch
-                finally:
-                    if copied:
-                        copied.synchronize()  # only now may the decoder write to this memory again, or give it back
                 start = end
-        except _DecodeError as error:
+        except DecodeError as error:
             keys = [self._beton.manifest.keys[row] for row in error.rows]
             raise DataError(
                 f"{self._beton.path}: expected the images that were packed, found {len(keys)} that have changed, "
@@ -144,18 +149,13 @@ class ViewLoader:
         """FFCV's loader for this number of views of each image; its memory has a fixed shape."""
         if views not in self._loaders:
             decoder = _ViewDecoder(self._beton, self._parameters, (views, self._size, self._size, 3), self._workers)
-            with _uncompiled(), kept_threads():
-                self._loaders[views] = Loader(
-                    str(self._beton.path),
-                    self.batch_size,
-                    num_workers=1,  # FFCV's own code does no work
-                    os_cache=self._os_cache,
-                    order=OrderOption.SEQUENTIAL,
-                    drop_last=False,
-                    seed=0,
-                    batches_ahead=self._batches_ahead,
-                    pipelines={"image": [decoder], "label": None},  # pyright: ignore[reportArgumentType]
-                )
+            self._loaders[views] = make_loader(
+                self._beton.path,
+                {"image": [decoder], "label": None},
+                self.batch_size,
+                self._os_cache,
+                self._batches_ahead,
+            )
         return self._loaders[views]
 
 
@@ -166,9 +166,12 @@ class _Output(NamedTuple):
     lams: NDArray[np.int64]
 
 
-class _ViewDecoder(SimpleRGBImageDecoder):
-    """The FFCV operation. Its memory is, for each batch slot: pixels, view numbers and partners (filled by
-    _ViewEpoch), lams, rows that failed."""
+class _ViewDecoder(ImageDecoder):
+    """The FFCV operation.
+
+    Its memory is, for each batch slot: pixels, view numbers and partners (filled by _ViewEpoch), lams, rows that
+    failed.
+    """
 
     def __init__(self, beton: Beton, parameters: ViewParameters, shape: tuple[int, ...], workers: int) -> None:
         super().__init__()
@@ -198,42 +201,12 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         return decode
 
 
-class _DecodeError(Exception):
-    def __init__(self, rows: NDArray) -> None:
-        super().__init__(rows)
-        self.rows = rows
-
-
-class _ViewEpoch(EpochIterator):
-    """FFCV's epoch thread: view numbers go in, failures and exceptions come out, and the end is the end."""
+class _ViewEpoch(Epoch):
+    """View numbers go in, and rows that failed come out as an error."""
 
     def __init__(self, loader: Loader, rows: NDArray, views: NDArray, partners: NDArray, workers: int) -> None:
-        self._views, self._partners, self._workers, self._error = views, partners, workers, None
-        self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
-        super().__init__(loader, rows.astype(np.uint64))  # pyright: ignore[reportArgumentType]  # starts the thread
-
-    def run(self) -> None:
-        """FFCV's own loop sets torch's number of threads, and does not look whether it should end while it has room."""
-        try:
-            if self._device_index is not None:
-                torch.accelerator.set_device_index(self._device_index)  # threads begin with the first one
-            # Threads of the epoch's own: numba's layers do not survive a fork, or abort on concurrent use.
-            with ThreadPoolExecutor(self._workers, "decode") as pool:
-                self.storage_state = (pool, self.storage_state)
-                for number, rows in enumerate(self.iter_ixes):
-                    slot = number % (self.loader.batches_ahead + 2)
-                    self._put((slot, self.run_pipeline(number, rows, slot, None)))
-                    if self.terminate_event.is_set():
-                        return
-            self._put(None)
-        except BaseException as error:
-            self._error = error
-
-    def _put(self, result) -> None:
-        while not self.terminate_event.is_set():
-            with suppress(queue.Full):
-                self.output_queue.put(result, timeout=POLL_SECONDS)
-                return
+        self._views, self._partners = views, partners
+        super().__init__(loader, rows, workers)  # starts the thread, which reads them
 
     def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
         [(_, views, partners, _, failed)] = self.memory_allocations["operation"].values()
@@ -243,40 +216,29 @@ class _ViewEpoch(EpochIterator):
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         rows = failed[batch_slot][:count]
         if (rows >= 0).any():
-            raise _DecodeError(np.unique(rows[rows >= 0]))
+            raise DecodeError(np.unique(rows[rows >= 0]))
         return result
-
-    def __next__(self):
-        while True:
-            try:
-                result = self.output_queue.get(timeout=POLL_SECONDS)
-                break
-            except queue.Empty:
-                if self.is_alive() or not self.output_queue.empty():
-                    continue
-                if isinstance(self._error, _DecodeError):
-                    raise self._error from None
-                raise RuntimeError("the decoding thread died") from self._error
-        if result is None:
-            raise StopIteration
-        return result[1]
-
-    def close(self) -> None:
-        """End the thread and let go of its memory, whether or not the epoch is over."""
-        self.terminate_event.set()
-        with suppress(queue.Empty):
-            self.output_queue.get_nowait()  # it may be waiting to put a result into a full queue
-        self.join()
-        if not self.closed:
-            self.closed = True
-            self.memory_context.__exit__(None, None, None)
-
-    def __del__(self) -> None:
-        """FFCV closes here; this epoch is closed by ViewLoader.render, in the thread that used it."""
 
 
 @contextmanager
-def _patience():
+def _copied(device: torch.device) -> Iterator[None]:
+    """Wait, at the end, for the copies to a device that began before.
+
+    Only then may the decoder write to their memory again, or give it back.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    copies = torch.Event(device, blocking=True)
+    copies.record()
+    try:
+        yield
+    finally:
+        copies.synchronize()
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
     """Say why the first batch after an installation or an upgrade takes its time."""
     text = "softshard: compiling the decoder, once; this takes about half a minute"
     if render.signatures:
@@ -288,18 +250,3 @@ def _patience():
         yield
     finally:
         notice.cancel()
-
-
-@contextmanager
-def _uncompiled():
-    """Build an FFCV pipeline that calls `render`, which numba caches on disk, instead of compiling code around it. One
-    at a time: the switch is a global of FFCV's. Its loader also makes numba's one type of byte arrays immutable, which
-    other compiled code then no longer finds."""
-    byte_array = numba.uint8[::1]
-    with _BUILDING:
-        Compiler.set_enabled(False)
-        try:
-            yield
-        finally:
-            Compiler.set_enabled(True)
-            byte_array.mutable = True

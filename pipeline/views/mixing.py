@@ -1,5 +1,7 @@
 """Boxes and lams: what RandomErasing erases, and what Mixup and CutMix take from another image.
 
+lam is what is left of the image itself, as in Mixup's lam * x_i + (1 - lam) * x_j (arXiv 1710.09412).
+
 Word numbers: 320 whether to erase, 384 + 64n .. for box n (four for each try, the last for its noise), 2048 .. for
 mixing (which kind, whether, lam, partner, center of the box).
 """
@@ -23,8 +25,10 @@ def erasures(p, state):
 
 @compiled
 def erase_box(p, state, number, size):
-    """(top, left, height, width) of box `number` of a view of size x size pixels: area and log aspect uniform, ten
-    tries, then none (timm.data.random_erasing). Whether a box fits does not depend on the size."""
+    """(top, left, height, width) of box `number` of a view of size x size pixels, as timm.data.random_erasing.
+
+    Area and log aspect are uniform; after ten tries there is none. Whether a box fits does not depend on the size.
+    """
     for attempt in range(ERASE_TRIES):
         word = ERASE_BOX_WORD + 64 * number + 4 * attempt
         area = p.erase_low + draw_below(state, word, p.erase_high - p.erase_low + 1)
@@ -61,8 +65,10 @@ def mix_lam(p, state, kind):
 
 @compiled
 def cut_box(state, lam, size):
-    """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899, timm's rand_bbox): its center is
-    uniform, what lies outside the view is cut off."""
+    """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899, timm's rand_bbox).
+
+    Its center is uniform; what lies outside the view is cut off.
+    """
     side = np.int64(np.sqrt(np.float64(ONE - lam) / ONE) * size)
     down, across = draw_below(state, MIX_WORD + 4, size), draw_below(state, MIX_WORD + 5, size)
     top, left = max(np.int64(0), down - side // 2), max(np.int64(0), across - side // 2)
@@ -72,8 +78,10 @@ def cut_box(state, lam, size):
 
 @compiled
 def partner(p, key, view, count):
-    """The place, among `count` images in the order of their key digests, of the one that a view is mixed with; -1
-    when the view is not mixed."""
+    """Which image a view is mixed with: its position among `count` images in the order of their key digests.
+
+    -1 when the view is not mixed.
+    """
     if view == CENTER or (p.mixup < 0 and p.cutmix < 0):
         return np.int64(-1)
     state = stream(p.seed, key, view)

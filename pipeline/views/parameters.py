@@ -49,8 +49,11 @@ class ViewParameters(NamedTuple):
 
 
 def view_parameters(views: ViewRecipe | None, center: float = 1.0) -> ViewParameters:
-    """Numbers of a recipe. `center` is the side of the center crop as a fraction of the shorter side of the image;
-    without a recipe only the center view can be rendered."""
+    """Numbers of a recipe.
+
+    `center` is the side of the center crop as a fraction of the shorter side of the image; without a recipe only the
+    center view can be rendered.
+    """
     recipe = views or ViewRecipe(seed=0, count=1, crop=None, hflip=0.0)
     crop, rand = recipe.crop, recipe.rand_augment
     scale, ratio = (crop.scale, crop.ratio) if crop else ((1.0, 1.0), (1.0, 1.0))
@@ -91,7 +94,7 @@ def view_parameters(views: ViewRecipe | None, center: float = 1.0) -> ViewParame
 
 
 def center_fraction(size: int, crop_pct: float) -> float:
-    """timm's evaluation: the shorter side becomes floor(size / crop_pct), of which the center `size` are kept."""
+    """As timm evaluates: the shorter side becomes floor(size / crop_pct), of which the center `size` are kept."""
     return size / math.floor(size / crop_pct)
 
 

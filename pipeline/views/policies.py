@@ -126,8 +126,10 @@ def _nearest(numerator, denominator):
 
 @compiled
 def level_argument(operation, level, sign, scale):
-    """timm's LEVEL_TO_ARG: the argument of an operation at a level from 0 to 10, in units of 1 / ONE. Whole-numbered
-    arguments round down, as timm's do, the others to the nearest unit."""
+    """As timm's LEVEL_TO_ARG: the argument of an operation at a level from 0 to 10, in units of 1 / ONE.
+
+    Whole-numbered arguments round down, as timm's do, the others to the nearest unit.
+    """
     full = LEVELS * ONE
     if operation == ROTATE:
         return sign * _nearest(level * 30 * DEGREE, full)
@@ -152,8 +154,10 @@ def level_argument(operation, level, sign, scale):
 
 @compiled
 def _trivial_augment(p, state, plan):
-    """torchvision's TrivialAugmentWide (arXiv 2103.10158): one operation, any of `bins` strengths. Translations are not
-    cut to whole pixels, since a view has no size."""
+    """As torchvision's TrivialAugmentWide (arXiv 2103.10158): one operation, any of `bins` strengths.
+
+    Translations are not cut to whole pixels, since a view has no size.
+    """
     operation = TRIVIAL_OPERATIONS[draw_below(state, POLICY_WORD, len(TRIVIAL_OPERATIONS))]
     step, last = draw_below(state, POLICY_WORD + 2, p.bins), p.bins - 1
     sign = 1 - 2 * draw_below(state, POLICY_WORD + 3, 2)
@@ -189,16 +193,16 @@ def _three_augment(state, plan):
 
 @compiled
 def _color_jitter(p, state, plan, count):
-    """torchvision's ColorJitter: factors uniform around 1, in a random order."""
+    """As torchvision's ColorJitter: factors uniform around 1, in a random order."""
     order = np.array([BRIGHTNESS, CONTRAST, SATURATION, HUE])
     for last in range(3, 0, -1):
         other = draw_below(state, JITTER_WORD + last - 1, last + 1)
         order[last], order[other] = order[other], order[last]
     for operation in order:
-        place = (operation == CONTRAST) + 2 * (operation == SATURATION) + 3 * (operation == HUE)
-        strength = p.jitter[place]
+        column = (operation == CONTRAST) + 2 * (operation == SATURATION) + 3 * (operation == HUE)
+        strength = p.jitter[column]
         if strength > 0:
-            change = draw_below(state, JITTER_WORD + 3 + place, 2 * strength + 1) - strength
+            change = draw_below(state, JITTER_WORD + 3 + column, 2 * strength + 1) - strength
             if operation == HUE:
                 argument = (abs(change) * 255 // ONE) * (1 if change > 0 else -1) & 255  # towards 0, as a byte
             else:

@@ -109,8 +109,10 @@ def _mix(p, state, image, other):
 
 @compiled
 def denominator(p, height, width, size):
-    """How much smaller a crop of height x width is decoded for an output of size x size: 1, or, with DCT scaling, the
-    largest of 2, 4 and 8 that leaves at least as many pixels as the output has."""
+    """How much smaller a crop of height x width is decoded for an output of size x size.
+
+    1 or, with DCT scaling, the largest of 2, 4 and 8 that leaves at least as many pixels as the output has.
+    """
     scale = 1
     while p.dct_scaling and scale < 8 and min(height, width) >= 2 * scale * size:
         scale *= 2
@@ -119,8 +121,11 @@ def denominator(p, height, width, size):
 
 @compiled
 def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spare, out):
-    """Views of one image, without mixing: uint8 [G, S, S, 3]. False when its bytes are not what was packed, or do not
-    decode. Each scale of decoding that is wanted is decoded once, around all the crops that want it."""
+    """Views of one image, without mixing: uint8 [G, S, S, 3].
+
+    False when its bytes are not what was packed, or do not decode. Each scale of decoding that is wanted is decoded
+    once, around all the crops that want it.
+    """
     if _crc32(jpeg, length) != crc:
         return False
     count, size = len(views), out.shape[1]
@@ -131,7 +136,7 @@ def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spa
         boxes[g, 0], boxes[g, 1] = top // scale, left // scale
         boxes[g, 2], boxes[g, 3] = -(-(top + box_height) // scale), -(-(left + box_width) // scale)
         boxes[g, 4] = scale
-    wanted, place = np.empty(4, np.int64), np.empty(4, np.int64)
+    wanted, decoded = np.empty(4, np.int64), np.empty(4, np.int64)  # boxes: top, left, height, width
     for scale in (1, 2, 4, 8):
         top, left, bottom, right = height, width, np.int64(0), np.int64(0)
         for g in range(count):
@@ -141,13 +146,13 @@ def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spa
         if bottom == 0:
             continue
         wanted[0], wanted[1], wanted[2], wanted[3] = top, left, bottom - top, right - left
-        if _decode(jpeg, length, height, width, wanted.ctypes.data, scale, scratch.ctypes.data, place.ctypes.data):
+        if _decode(jpeg, length, height, width, wanted.ctypes.data, scale, scratch.ctypes.data, decoded.ctypes.data):
             return False
-        image = scratch[: place[2] * place[3] * 3].reshape(place[2], place[3], 3)
+        image = scratch[: decoded[2] * decoded[3] * 3].reshape(decoded[2], decoded[3], 3)
         for g in range(count):
             if boxes[g, 4] == scale:
                 top, left, bottom, right = boxes[g, 0], boxes[g, 1], boxes[g, 2], boxes[g, 3]
-                resize(image, top - place[0], left - place[1], bottom - top, right - left, flips[g], turned, out[g])
+                resize(image, top - decoded[0], left - decoded[1], bottom - top, right - left, flips[g], turned, out[g])
     for g in range(count):
         if views[g] != CENTER:
             _augment(p, stream(p.seed, key, views[g]), out[g], spare)
@@ -161,7 +166,7 @@ def _keyed(sources: str):
 
         rows int64 [B], views int64 [B, G]; partners int64 [B, G] has the row that a view is mixed with, or -1;
         columns: keys, crc32, offsets, lengths, heights and widths of a Beton. memory is the address of the mapped
-        file, or of the cached pages, where page n lies at place slots[n] (page_bits 0: no pages). Receives: lams
+        file, or of the cached pages, where page n lies in slot slots[n] (page_bits 0: no pages). Receives: lams
         int64 [B, G], the lam of the image itself in units of 1 / ONE; failed int64 [B], the row that has changed
         or does not decode, or -1.
         """
@@ -200,14 +205,16 @@ def _keyed(sources: str):
 
     @kept
     def find_partners(p, keys, order, views):
-        """The rows that views are mixed with, or -1: keys uint64 [B], order int64 [N] (rows sorted by key digest),
-        views int64 [B, G] -> int64 [B, G]."""
+        """The rows that views are mixed with, or -1, int64 [B, G].
+
+        keys uint64 [B], order int64 [N] (rows sorted by key digest), views int64 [B, G].
+        """
         _ = sources
         rows = np.empty(views.shape, np.int64)
         for i in range(views.shape[0]):
             for g in range(views.shape[1]):
-                place = mixing.partner(p, keys[i], views[i, g], len(order))
-                rows[i, g] = -1 if place < 0 else order[place]
+                position = mixing.partner(p, keys[i], views[i, g], len(order))
+                rows[i, g] = -1 if position < 0 else order[position]
         return rows
 
     return render, find_partners

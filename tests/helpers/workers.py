@@ -34,10 +34,10 @@ def start(work: Work, processes: int, **variables: object) -> list[ForkServerPro
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes} for rank in range(processes)]
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes} for rank in range(processes)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
     workers = [
-        FORKS.Process(target=_run, args=(work, address | (place if address else {}) | variables)) for place in places
+        FORKS.Process(target=_run, args=(work, address | (rank if address else {}) | variables)) for rank in ranks
     ]
     for worker in workers:
         worker.start()

@@ -8,7 +8,7 @@ import timm
 import torchvision.models
 from torch import nn
 
-from softshard.pipeline.runtime.errors import RecipeError
+from softshard.pipeline.runtime.errors import RecipeError, near
 from softshard.teachers.weights import read_weights
 from softshard.trainer.students.weights import errors_of_weights, load_plain_weights
 

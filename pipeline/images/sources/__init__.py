@@ -14,7 +14,16 @@ from softshard.pipeline.runtime.errors import DataError
 
 
 def open_source(recipe: SourceRecipe, class_list: Path | None) -> Source:
-    """List a source. Raises DataError for what does not fit together, FormatError for damaged files."""
+    """List a source.
+
+    Args:
+        recipe: its kind and where it is.
+        class_list: a file with the name of a class in each line, or None for the source's own classes.
+
+    Raises:
+        DataError: for what is missing or does not fit together.
+        FormatError: for damaged files.
+    """
     names = None if class_list is None else _read_class_list(class_list)
     if recipe.kind == "imagefolder":
         return image_folder(Path(recipe.path), names)

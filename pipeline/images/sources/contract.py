@@ -1,5 +1,4 @@
-"""What every source gives: a listing first, cheaply, and then samples in a fixed order, each with a way to get its
-bytes."""
+"""What every source gives: a cheap listing, then samples in a fixed order, each with a way to get its bytes."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,7 +10,7 @@ MOST_CLASSES = 1 << 20  # without a class list; far beyond any data set, and a w
 
 
 class Sample(NamedTuple):
-    """An image of the source: its key, its class, its place for messages, and how to get its bytes."""
+    """An image of the source: its key, its class, where it lies (for messages), and how to get its bytes."""
 
     key: str
     label: int
@@ -35,7 +34,7 @@ def numbered_classes(last: int) -> list[str]:
 
 
 def check_label(label: int, classes: list[str], where: str) -> None:
-    """Raise DataError unless `label` is the number of a class."""
+    """Raises DataError unless `label` is the number of a class."""
     if not 0 <= label < len(classes):
         hint = "an unlabeled test set?" if label < 0 else "is the class list of another data set?"
         raise DataError(
@@ -54,4 +53,5 @@ def class_numbers(names: list[str], classes: list[str], expected: str) -> list[i
 
 
 def quoted(names: list[str]) -> str:
+    """The first names in quotes, and how many more there are."""
     return few([*map(repr, names)])

@@ -9,7 +9,15 @@ from softshard.pipeline.runtime.errors import DataError
 
 
 def image_folder(root: Path, names: list[str] | None) -> Source:
-    """torchvision's ImageFolder layout: root/class/**/image, in sorted order of keys."""
+    """List images in the layout of torchvision's ImageFolder: root/class/**/image, in sorted order of keys.
+
+    Args:
+        root: the folder of class folders.
+        names: the class list, or None for the names of the folders.
+
+    Raises:
+        DataError: when there are no class folders, one is empty, or the class list lacks one.
+    """
     if not root.is_dir():
         raise DataError(
             f"source.path: expected a folder of class folders, found nothing at {str(root)!r}; check the path"

@@ -26,8 +26,11 @@ PARQUET_LARGEST = 1 << 24  # bytes of an image; a parquet file does not say how 
 
 
 class Table(NamedTuple):
-    """What a file says without its images: a label and a path (None: it has none) for each row, the names of all
-    classes if its metadata has them, and the bytes of images in each of its row groups."""
+    """What a file says without its images.
+
+    A label and a path (None: it has none) for each row, the names of all classes if its metadata has them, and the
+    bytes of images in each of its row groups.
+    """
 
     labels: NDArray[np.int64]
     paths: list[str | None]
@@ -41,6 +44,10 @@ def parquet(files: list[Path], names: list[str] | None, columns: ColumnsRecipe) 
     Classes are those of the files' metadata; a class list gives these other numbers, by name. Without metadata, labels
     are numbers into the class list. A sample's key is its path in the image column when every row has a different one,
     otherwise FILE/ROW.
+
+    Raises:
+        DataError: for files without rows, with other class names than the first, and class numbers out of range.
+        FormatError: for damaged files.
     """
     tables = [read_table(file, columns) for file in tqdm(files, "index", unit="file", mininterval=0.5)]
     labels = [label for table in tables for label in table.labels.tolist()]
@@ -78,7 +85,12 @@ def _samples(files: list[Path], columns: ColumnsRecipe, keys: list[str], labels:
 
 
 def read_table(path: Path, columns: ColumnsRecipe) -> Table:
-    """Raises FormatError for a damaged file, DataError for missing columns, other types and rows without a label."""
+    """Read all of a file but its images.
+
+    Raises:
+        FormatError: for a damaged file.
+        DataError: for missing columns, other types and rows without a label.
+    """
     with _open(path) as file:
         schema = file.schema_arrow
         missing = {columns.image, columns.label} - set(schema.names)
@@ -97,7 +109,7 @@ def read_table(path: Path, columns: ColumnsRecipe) -> Table:
 
 
 def read_images(path: Path, columns: ColumnsRecipe) -> Iterator[Callable[[], bytes]]:
-    """A function that gives the bytes of the image, for each row. Raises FormatError, and DataError for a null."""
+    """For each row a function that gives the bytes of the image. Raises FormatError, and DataError for a null."""
     with _open(path) as file:
         leaf, _ = _image_leaf(path, file.schema_arrow.field(columns.image))
         row = 0

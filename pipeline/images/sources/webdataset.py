@@ -1,6 +1,6 @@
 """WebDataset tars: which samples they hold, and where in the file each image is.
 
-Headers and class numbers are read, images later, by their place. Nothing is unpickled or executed: members that are
+Headers and class numbers are read, images later, by their offset. Nothing is unpickled or executed: members that are
 neither an image nor a class number are passed over.
 """
 
@@ -30,6 +30,7 @@ class TarImage(NamedTuple):
     size: int
 
     def read(self) -> bytes:
+        """The bytes of the image, from the tar."""
         with self.shard.open("rb") as file:
             return os.pread(file.fileno(), self.size, self.offset)
 
@@ -50,17 +51,21 @@ def webdataset(shards: list[Path], names: list[str] | None) -> Source:
     """WebDataset tars with KEY.jpg (or .png, .webp, ...) and KEY.cls, as timm's ImageNet shards, in the tars' order.
 
     A sample's key is the name of its image in the tar.
+
+    Raises:
+        DataError: for tars without samples, keys that several of them have, and class numbers out of range.
+        FormatError: for damaged tars.
     """
     index = tqdm(shards, "index", unit="tar", mininterval=0.5)
     images = [image for shard in index for image in tar_images(shard, IMAGE_SUFFIXES)]
     if not images:
         raise DataError(f"{shards[0]}: expected samples (KEY.jpg and KEY.cls), found none; check source.path")
-    places: dict[str, Path] = {}
+    shard_of: dict[str, Path] = {}
     for image in images:
-        if places.setdefault(image.name, image.shard) != image.shard:
+        if shard_of.setdefault(image.name, image.shard) != image.shard:
             raise DataError(
                 f"{image.shard}: expected keys that no other shard has, found {image.name!r} in "
-                f"{places[image.name]} too; write the shards with keys that are unique in the data set"
+                f"{shard_of[image.name]} too; write the shards with keys that are unique in the data set"
             )
     classes = names or numbered_classes(max(image.label for image in images))
     for image in images:
@@ -73,8 +78,9 @@ def webdataset(shards: list[Path], names: list[str] | None) -> Source:
 def tar_images(shard: Path, suffixes: set[str]) -> list[TarImage]:
     """The image of each sample, in the tar's order; `suffixes` are those of images (".jpg").
 
-    Raises FormatError for a tar that is compressed, truncated or damaged, DataError for a sample that has not exactly
-    one image and one class number.
+    Raises:
+        FormatError: for a tar that is compressed, truncated or damaged.
+        DataError: for a sample that has not exactly one image and one class number.
     """
     samples: dict[str, tuple[list[tarfile.TarInfo], list[tarfile.TarInfo]]] = {}
     with shard.open("rb") as file:

@@ -19,6 +19,7 @@ NOISE_BITS = 10  # a noise table has 1 << NOISE_BITS entries a channel
 
 @compiled
 def invert(image):
+    """Invert all values."""
     flat = image.reshape(-1)
     for i in range(flat.size):
         flat[i] = 255 - flat[i]
@@ -120,6 +121,7 @@ def saturation(image, factor):
 
 @compiled
 def gray(image):
+    """Show the luma in all channels."""
     flat = image.reshape(-1)
     for i in range(flat.size // 3):
         shade = np.uint8(luma(flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]))
@@ -131,8 +133,7 @@ def gray(image):
 def hue(image, shift):
     """Turn the hue by shift / 256 of the circle, shift in 0 .. 255: torchvision's adjust_hue on a Pillow image.
 
-    Floats and doubles where Pillow's C code has them, every operation rounded by itself, so that the uint8 hue and
-    saturation in between are Pillow's.
+    Floats and doubles as in Pillow's C code, each operation rounded by itself, give its uint8 hue and saturation.
     """
     shift = np.int32(shift)
     flat = image.reshape(-1)
@@ -158,8 +159,10 @@ def fill(image, top, left, height, width, color):
 
 @compiled
 def noise(image, top, left, height, width, state, table):
-    """Fill a box with noise: bits 0-9, 10-19 and 20-29 of word y * width + x of the stream `state` choose the red,
-    green and blue of the box's pixel (x, y) from `table`, uint8 [3, 1024], quantiles of the distribution wanted."""
+    """Fill a box with noise from `table`, uint8 [3, 1024], quantiles of the distribution wanted.
+
+    Bits 0-9, 10-19 and 20-29 of word y * width + x of the stream `state` choose red, green and blue of pixel (x, y).
+    """
     mask = np.uint64((1 << NOISE_BITS) - 1)
     for y in range(height):
         row = image[top + y]
@@ -268,8 +271,8 @@ def _to_hsv(red, green, blue):
         sixths = np.float64(np.float32(4.0 + np.float64(greens) - np.float64(reds)))
     turn = sixths / 6.0 + 1.0
     turn = np.float64(np.float32(turn - 1.0 if turn >= 1.0 else turn))
-    share = np.float64(np.float32(np.int32(high - low)) / np.float32(max(high, np.int32(1))))
-    return np.int32(turn * 255.0), np.int32(share * 255.0), high
+    saturated = np.float64(np.float32(np.int32(high - low)) / np.float32(max(high, np.int32(1))))
+    return np.int32(turn * 255.0), np.int32(saturated * 255.0), high
 
 
 @njit(nogil=True, error_model="numpy", inline="always")  # compiled by itself it becomes a switch: not vectorized
@@ -278,11 +281,11 @@ def _to_rgb(turned, saturated, high):
     sixths = np.float64(turned) * 6.0 / 255.0
     sector = np.int32(sixths)
     rest = np.float32(sixths - np.float64(sector))
-    share = np.float32(np.float64(saturated) / 255.0)
+    strength = np.float32(np.float64(saturated) / 255.0)
     value = np.float64(high)
-    p = _rounded(value * (1.0 - np.float64(share)))
-    q = _rounded(value * (1.0 - np.float64(np.float32(share * rest))))
-    t = _rounded(value * (1.0 - np.float64(share) * (1.0 - np.float64(rest))))
+    p = _rounded(value * (1.0 - np.float64(strength)))
+    q = _rounded(value * (1.0 - np.float64(np.float32(strength * rest))))
+    t = _rounded(value * (1.0 - np.float64(strength) * (1.0 - np.float64(rest))))
     sector = np.int32(0) if sector == 6 else sector
     red = high if (sector == 0) | (sector == 5) else (q if sector == 1 else (t if sector == 4 else p))
     green = high if (sector == 1) | (sector == 2) else (q if sector == 3 else (t if sector == 0 else p))

@@ -1,6 +1,6 @@
-"""Cropping and resizing with Pillow's arithmetic: Image.crop(box).resize((width, size), BILINEAR) along the columns,
-then .resize((size, size), BILINEAR) along the rows, bit for bit.
+"""Cropping and resizing with Pillow's arithmetic, bit for bit.
 
+Image.crop(box).resize((width, size), BILINEAR) along the columns, then .resize((size, size), BILINEAR) along the rows.
 A triangle filter, as wide as the scale where the crop shrinks; each pass rounds to uint8. Weights have 22 fractional
 bits and come from IEEE doubles without contraction. Pillow's own order of the passes depends on the shape and on its
 version; this one is fixed.
@@ -15,8 +15,10 @@ WEIGHT_BITS = 22
 
 @compiled
 def resize(image, top, left, height, width, flip, scratch, out):
-    """A box of `image`, uint8 [H, W, 3], as `out`, uint8 [S, S, 3], mirrored if `flip`. `scratch` is uint8, with room
-    for S * width * 3."""
+    """A box of `image`, uint8 [H, W, 3], as `out`, uint8 [S, S, 3], mirrored if `flip`.
+
+    `scratch` is uint8, with room for S * width * 3.
+    """
     size = out.shape[0]
     turned = scratch[: width * size * 3].reshape(width, size * 3)
     _resize_columns(image.reshape(image.shape[0], -1), top, 3 * left, height, False, turned)
@@ -25,8 +27,11 @@ def resize(image, top, left, height, width, flip, scratch, out):
 
 @compiled
 def _resize_columns(rows, top, start, height, flip, out):
-    """Resize `height` rows from `top`, from their value `start` on, along the columns, and turn the result: row y
-    becomes column y of `out`, or column S - 1 - y if `flip`. So both passes run along the columns, which vectorizes."""
+    """Resize `height` rows from `top`, from their value `start` on, along the columns, and turn the result.
+
+    Row y becomes column y of `out`, or column S - 1 - y if `flip`. So both passes run along the columns, which
+    vectorizes.
+    """
     pixels, size = out.shape[0], out.shape[1] // 3
     length = 3 * pixels
     first, count, weights = _filter(height, size)
@@ -59,7 +64,7 @@ def _filter(length, size):
     reach = max(scale, 1.0)
     taps = 2 * np.int64(np.ceil(reach)) + 1
     first, count, weights = np.empty(size, np.int64), np.empty(size, np.int64), np.empty((size, taps), np.int32)
-    share = np.empty(taps, np.float64)
+    heights = np.empty(taps, np.float64)  # of the triangle
     for i in range(size):
         center = (i + 0.5) * scale
         low = max(np.int64(0), np.int64(center - reach + 0.5))
@@ -67,9 +72,9 @@ def _filter(length, size):
         total = 0.0
         for k in range(high - low):
             distance = abs((k + low - center + 0.5) * (1.0 / reach))
-            share[k] = 1.0 - distance if distance < 1.0 else 0.0
-            total += share[k]
+            heights[k] = 1.0 - distance if distance < 1.0 else 0.0
+            total += heights[k]
         for k in range(high - low):
-            weights[i, k] = np.int32(0.5 + share[k] / total * (1 << WEIGHT_BITS))
+            weights[i, k] = np.int32(0.5 + heights[k] / total * (1 << WEIGHT_BITS))
         first[i], count[i] = low, high - low
     return first, count, weights

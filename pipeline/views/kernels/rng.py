@@ -23,7 +23,7 @@ _KEY_SALT = np.uint64(0xD1342543DE82EF95)
 
 @compiled
 def mix(word):
-    """splitmix64's finaliser, uint64 -> uint64."""
+    """splitmix64's finalizer, uint64 -> uint64."""
     word = np.uint64(word)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -60,12 +60,15 @@ def stream_states(seed, keys, number):
 
 
 def fixed(fraction: float) -> np.int64:
+    """A fraction in units of 1 / ONE, rounded."""
     return np.int64(round(fraction * ONE))
 
 
 def sqrt_aspects(low: float, high: float) -> NDArray[np.int64]:
-    """Square roots of ASPECTS aspect ratios, log-uniform in [low, high], in units of 1 / ONE. Decimal rounds exp and
-    ln correctly, which the C library does not promise."""
+    """Square roots of ASPECTS aspect ratios, log-uniform in [low, high], in units of 1 / ONE.
+
+    Decimal rounds exp and ln correctly, which the C library does not promise.
+    """
     exact = Context(prec=40)
     start, end = exact.ln(Decimal(low)), exact.ln(Decimal(high))
     half_step = exact.divide(exact.subtract(end, start), Decimal(4 * ASPECTS))  # of the logarithms of the roots
@@ -79,15 +82,20 @@ def sqrt_aspects(low: float, high: float) -> NDArray[np.int64]:
 
 
 def normal_quantiles() -> NDArray[np.int64]:
-    """The middles of QUANTILES equally probable parts of the standard normal distribution, in units of 1 / ONE. No
-    value is so near the middle of two integers that a C library could tip it over."""
+    """The middles of QUANTILES equally probable parts of the standard normal distribution, in units of 1 / ONE.
+
+    No value is so near the middle of two integers that a C library could tip it over.
+    """
     normal = statistics.NormalDist()
     return np.array([round(normal.inv_cdf((k + 0.5) / QUANTILES) * ONE) for k in range(QUANTILES)], np.int64)
 
 
 def beta_quantiles(alpha: float) -> NDArray[np.int64]:
-    """The same of Beta(alpha, alpha), in units of 1 / ONE. The distribution function's power series is inverted by
-    bisection in the lower half; the upper half is its mirror image."""
+    """The same of Beta(alpha, alpha), in units of 1 / ONE.
+
+    The distribution function's power series is inverted by bisection in the lower half; the upper half is its mirror
+    image.
+    """
     terms, factor = [], 1.0
     for n in range(80):  # below 1/2 each term is less than half of the one before
         terms.append(factor / (alpha + n))

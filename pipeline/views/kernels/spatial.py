@@ -24,7 +24,10 @@ _POSITION = 1 << _POSITION_BITS
 
 
 def sine_table() -> NDArray[np.int64]:
-    """sin of 0 .. 90 degrees. No value is so near the middle of two integers that a C library could tip it over."""
+    """The sines of 0 .. 90 degrees.
+
+    No value is so near the middle of two integers that a C library could tip it over.
+    """
     steps = 90 * DEGREE
     return np.array([round(_UNIT * math.sin(math.pi / 2 * k / steps)) for k in range(steps + 1)], np.int64)
 
@@ -83,8 +86,11 @@ def affine(source, target, a, b, c, d, e, f, fill):
 
 @compiled
 def _locate(start, step, height, width, first, right, down, part_x, part_y):
-    """For a row of target pixels: where the upper left of the four source pixels begins (-1 if the position is
-    outside), how far it is to the right and the lower ones, and the position between them."""
+    """Find the four source pixels of each target pixel of a row.
+
+    Where the upper left one begins (-1 if the position is outside), how far it is to the right and the lower ones, and
+    the position between them.
+    """
     half, mask = np.int64(_POSITION // 2), np.int64(_POSITION - 1)
     for x in range(first.size):
         at_x, at_y = start[0] + x * step[0], start[1] + x * step[1]

@@ -20,22 +20,22 @@ from softshard.pipeline.images.beton import (
     ROW_TYPE,
     Beton,
     PackedImage,
-    kept_threads,
     manifest_path,
     open_beton,
     write_beton,
 )
+from softshard.pipeline.images.ffcv_bridge import kept_threads, uncompiled
 from softshard.pipeline.images.jpeg import decode, decodes
 from softshard.pipeline.runtime.errors import DataError, FormatError
 from softshard.pipeline.views.geometry import CENTER
-from softshard.pipeline.views.loader import ViewLoader, _uncompiled
+from softshard.pipeline.views.loader import ViewLoader
 
 # Layout
 
 
 def test_stock_ffcv_reads_the_same_images(digits: Beton, cpu: torch.device) -> None:
     """Without resizing, its faster and coarser inverse transform is the only difference."""
-    with kept_threads(), _uncompiled():
+    with kept_threads(), uncompiled():
         decoder = CenterCropRGBImageDecoder((28, 28), ratio=1.0)
         stock = Loader(
             str(digits.path),

@@ -1,8 +1,10 @@
+"""Labels are the teachers', in the same store whatever did the work; what does not fit is refused before it."""
+
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ from helpers.small_runs import (
 )
 from helpers.small_stores import files_of
 
+from softshard.pipeline.__main__ import main
 from softshard.pipeline.images.beton import open_beton
+from softshard.pipeline.labels import label as label_module
 from softshard.pipeline.labels.label import estimate, label
 from softshard.pipeline.labels.spot_check import codes_differences
-from softshard.pipeline.runtime.errors import DataError, FormatError
+from softshard.pipeline.runtime.errors import DataError, FormatError, RecipeError
 from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import decode
+from softshard.pipeline.store.zarr_group import ZarrGroup
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.teachers import load_teacher
 
@@ -99,23 +104,23 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from typing import Any
-import softshard.pipeline.store.zarr_group as zarr_store
-from softshard.pipeline.labels.label import estimate, label
+import softshard.pipeline.store.zarr_group as zarr_group
+from softshard.pipeline.labels.label import label
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.recipes.yaml_file import load_recipe
-write, digests = zarr_store.ZarrGroup.write, []
+write, digests = zarr_group.ZarrGroup.write, []
 def write_or_die(self, name, selection, values):
     if name == "block_digest":
         digests.append(name)
         if len(digests) == 4:
             os._exit(9)  # the codes of this block are written, its digest is not
     write(self, name, selection, values)
-zarr_store.ZarrGroup.write = write_or_die
+zarr_group.ZarrGroup.write = write_or_die
 label(load_recipe(LabelRecipe, Path(sys.argv[1]), [("store", sys.argv[2])]))
 """
 
 
-def test_labeling_goes_on_after_a_kill_and_ends_the_same(inputs: Path, store_path: Path, other_store: Path) -> None:
+def test_labeling_resumes_after_a_kill_and_ends_the_same(inputs: Path, store_path: Path, other_store: Path) -> None:
     recipe = write_recipe(inputs, "killed", LABEL)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(recipe), str(other_store)], capture_output=True, timeout=120
@@ -271,16 +276,37 @@ def test_a_part_of_the_views_is_labeled(inputs: Path, store_path: Path, other_st
     assert files_of(other_store) == files_of(store_path)
 
 
+def test_the_command_takes_numbers_and_ranges(inputs: Path, store_path: Path, other_store: Path, capsys) -> None:
+    words = ("label", "--config", str(write_recipe(inputs, "views", LABEL)), "--store", str(other_store))
+    assert main([*words, "--views", "2,0"]) == 0
+    assert open_store(other_store).coverage().tolist() == [3, 0, 3]
+    assert main([*words, "--views", "0-1"]) == 0
+    assert files_of(other_store) == files_of(store_path)
+    for views, problem in (("0-3", "expected numbers from 0 to 2"), ("2-1", "expected ranges that go up")):
+        assert main([*words, "--views", views]) == 2
+        assert f"error: --views: {problem}" in capsys.readouterr().err
+
+
+def test_every_process_opens_the_store_once(inputs: Path, other_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, init = [], ZarrGroup.__init__
+    monkeypatch.setattr(ZarrGroup, "__init__", lambda self, place: opened.append(place) or init(self, place))
+    for count in ("2", "2", "3"):  # made, finished already, grown
+        opened.clear()
+        assert label(label_recipe(inputs, ("store", str(other_store)), ("views.count", count)))
+        assert len(opened) == 1
+
+
 @pytest.mark.parametrize(
     ("views", "message"),
     [
         (range(2, 4), "--views: expected numbers from 0 to 2, as views.count says, found 3"),
-        (range(1), "--views: expected all of the views 0-1 that make the tail template or none of them, found 0-0"),
-        (range(1, 3), "found 1-2; go from 0 to 1 at least, or start at 2"),
+        (range(1), "--views: expected all of the views 0-1, which make the tail template, or none of them, found 0;"),
+        (range(1, 3), "found 1; add the others, or leave these out"),
+        ([2, 0], "found 0; add the others, or leave these out"),
     ],
 )
-def test_views_that_do_not_fit_are_refused(inputs: Path, other_store: Path, views: range, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_views_that_do_not_fit_are_refused(inputs: Path, other_store: Path, views: Sequence[int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         label(label_recipe(inputs, ("store", str(other_store)), ("template", "{views: 2}")), views)
     assert not other_store.exists()
 
@@ -327,12 +353,12 @@ def test_several_teachers_each_see_their_own_size(inputs: Path, other_store: Pat
     assert label(label_recipe(inputs, *changes, ("top_k", "10")))
     expected = torch.zeros(70, 10, dtype=torch.double)
     beton, recipe = open_beton(inputs / "train.beton"), label_recipe(inputs)
-    for name, size, share in (("teacher", 32, 0.75), ("teacher3", 48, 0.25)):
+    for name, size, weight in (("teacher", 32, 0.75), ("teacher3", 48, 0.25)):
         teacher = load_teacher(f"local-dir:{inputs / name}", "timm", None, size, 10)
         [batch] = ViewLoader(beton, recipe.views, size, 70, 2, CPU).render(np.arange(70), 0)
         with torch.inference_mode():
             for images in (batch.images, batch.images.flip(-1)):
-                expected += share / 2 * torch.softmax(teacher(images).double(), dim=1)
+                expected += weight / 2 * torch.softmax(teacher(images).double(), dim=1)
     store = open_store(other_store)
     assert codes_differences(expected.log(), store.read_view(0)).max() < 1e-4
     assert [(teacher.size, teacher.weight) for teacher in store.manifest.teachers] == [(32, 3.0), (48, 1.0)]
@@ -369,3 +395,16 @@ def test_compiled_teachers_give_the_same_labels(
     assert len(compiled) == 1
     differences = codes_differences(reference_logits(inputs, 1)[0].double(), open_store(other_store).read_view(0))
     assert differences.max() < 1e-4
+
+
+def test_a_store_that_another_launch_made_with_fewer_views_meanwhile_grows(
+    inputs: Path, store_path: Path, other_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This launch saw no store when it planned, and finds one when it makes its own."""
+    recipe, at = label_recipe(inputs, ("store", str(other_store))), ("store", str(other_store))
+    assert label(label_recipe(inputs, at, ("views.count", "2")))
+    monkeypatch.setattr(label_module, "store_exists", lambda _: False)
+    assert label(recipe)
+    assert open_store(other_store).coverage().tolist() == [3, 3, 3]
+    for view in range(3):
+        assert (open_store(other_store).read_view(view).index == open_store(store_path).read_view(view).index).all()

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from helpers.small_runs import label_recipe, make_inputs
 
 import softshard.pipeline.labels.preflight
-from softshard.pipeline.labels.label import label, make_labeler
-from softshard.pipeline.labels.labeler import LabeledBatch, Labeler
+from softshard.pipeline.labels.label import label
+from softshard.pipeline.labels.labeler import LabeledBatch, Labeler, make_labeler
 from softshard.pipeline.labels.preflight import Preflight, _duration, preflight
 from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import decode
@@ -19,7 +19,7 @@ from softshard.pipeline.store.topk import decode
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("survey"))
+    return make_inputs(tmp_path_factory.mktemp("preflight"))
 
 
 def test_the_figures_are_those_of_the_labels(inputs: Path) -> None:

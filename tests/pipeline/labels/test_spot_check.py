@@ -23,7 +23,7 @@ TEMPLATE = ("template", "{views: 2}")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("relabel"))
+    folder = make_inputs(tmp_path_factory.mktemp("spot_check"))
     assert label(label_recipe(folder, TEMPLATE))
     return folder
 

@@ -20,7 +20,6 @@ from softshard.pipeline.recipes.recipe import (
     TrivialAugmentRecipe,
     ViewRecipe,
 )
-from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.views import mixing, policies
 from softshard.pipeline.views.contact_sheet import (
     COLUMN,
@@ -32,7 +31,6 @@ from softshard.pipeline.views.contact_sheet import (
     draw_sheet,
     find_rows,
     render_tiles,
-    view_ranges,
     wrap,
 )
 from softshard.pipeline.views.describe import ViewDescription, describe_view, operation_in_words
@@ -86,36 +84,36 @@ def render(
     return main(["render", "--config", str(config), "--keys", keys, "--views", views, "--out", str(out), *rest])
 
 
-def replay(beton: Beton, row: int, explanation: ViewDescription, size: int) -> np.ndarray:
-    """What an explanation says, without the loader: Pillow decodes, crops and resizes."""
-    top, left, height, width = explanation.crop
+def replay(beton: Beton, row: int, description: ViewDescription, size: int) -> np.ndarray:
+    """What an description says, without the loader: Pillow decodes, crops and resizes."""
+    top, left, height, width = description.crop
     image = Image.open(io.BytesIO(jpeg(beton, row))).convert("RGB").crop((left, top, left + width, top + height))
     image = image.resize((width, size), Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BILINEAR)
     pixels, spare = np.array(image), np.empty((2, size, size, 3), np.uint8)
-    if explanation.flip:
+    if description.flip:
         pixels = pixels[:, ::-1].copy()
-    for operation, argument in explanation.operations:
+    for operation, argument in description.operations:
         operate(operation, argument, pixels, spare)
-    for box in explanation.erased:
+    for box in description.erased:
         color.fill(pixels, *box, MEAN_COLOR)
     return pixels
 
 
-def mix(explanation: ViewDescription, lam: float, pixels: np.ndarray, other: np.ndarray) -> None:
-    if explanation.kind == mixing.MIXUP:
+def mix(description: ViewDescription, lam: float, pixels: np.ndarray, other: np.ndarray) -> None:
+    if description.kind == mixing.MIXUP:
         color.blend(pixels, other, int(lam * ONE) >> LAM_BITS)
     else:
-        color.paste(pixels, other, *explanation.cut)
+        color.paste(pixels, other, *description.cut)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_pixels_are_what_the_explanation_says(photos: Beton, name: str) -> None:
+def test_pixels_are_what_the_description_says(photos: Beton, name: str) -> None:
     views = ViewRecipe(seed=5, count=8, **RECIPES[name])
     parameters = view_parameters(views)
     rows, seen = [0, 3, 9, 14], set()
     for row, tiles in zip(rows, tiles_of(photos, views, rows, 8), strict=True):
         for number, tile in enumerate(tiles):
-            found = tile.explanation
+            found = tile.description
             seen |= (
                 {operation for operation, _ in found.operations} | {-1 - found.kind} | {("erased", len(found.erased))}
             )
@@ -127,22 +125,22 @@ def test_pixels_are_what_the_explanation_says(photos: Beton, name: str) -> None:
     assert len(seen) >= {"crop": 2, "RandAugment": 15, "TrivialAugment": 10, "ThreeAugment": 8, "mixing": 5}[name]
 
 
-def test_noise_is_where_the_explanation_says(photos: Beton) -> None:
+def test_noise_is_where_the_description_says(photos: Beton) -> None:
     plain = ViewRecipe(seed=5, count=4)
     erasing = plain.model_copy(update={"random_erasing": RandomErasingRecipe(probability=1.0)})
     [before], [after] = (tiles_of(photos, views, [0], 4) for views in (plain, erasing))
     for old, new in zip(before, after, strict=True):
-        [(top, left, height, width)] = new.explanation.erased
+        [(top, left, height, width)] = new.description.erased
         changed = (old.pixels != new.pixels).any(axis=2)
         rows, columns = changed.any(axis=1).nonzero()[0], changed.any(axis=0).nonzero()[0]
         assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == (top, left, top + height, left + width)
         assert new.words == [*old.words, f"erased {width}x{height} at {left},{top}, noise"]
 
 
-def test_small_scales_of_decoding_are_said(photos: Beton) -> None:
+def test_small_scales_of_decoding_are_named(photos: Beton) -> None:
     views = ViewRecipe(seed=5, count=8, crop=None, dct_scaling=True)
     [tiles] = tiles_of(photos, views, find_rows(photos, ["temple/427x640.jpg"]), 2)
-    assert [tile.explanation.denominator for tile in tiles] == [8, 8]
+    assert [tile.description.denominator for tile in tiles] == [8, 8]
     assert tiles[0].words[:2] == ["crop 427x427 at 106,0 (67%)", "decoded at 1/8"]
 
 
@@ -224,10 +222,10 @@ def test_keys_may_be_given_one_by_one(photos: Beton) -> None:
 def test_words_stay_in_their_place(photos: Beton, size: int, count: int) -> None:
     """Words run neither into the next column nor into a picture nor into the next row."""
     words = ["a line that is far too long for its column, so that it is broken", "m" * 200, "erased", "n/" * 90]
-    explanation = describe_view(photos, view_parameters(ViewRecipe(seed=0, count=1)), 0, 0, size)
+    description = describe_view(photos, view_parameters(ViewRecipe(seed=0, count=1)), 0, 0, size)
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     tiles = [
-        [Tile(10**17, picture, explanation, 1.0, words[: row + column + 1]) for column in range(count)]
+        [Tile(10**17, picture, description, 1.0, words[: row + column + 1]) for column in range(count)]
         for row in range(2)
     ]
     sheet = np.array(draw_sheet([("k" * 500, "class " + "c" * 90), ("\u6f22" * 80, "")], tiles))
@@ -262,13 +260,6 @@ def test_lines_are_no_longer_than_they_may_be(text: str, width: int) -> None:
     assert all(font.getlength(line) <= width for line in lines)
     written = text.encode("ascii", "backslashreplace").decode()
     assert "".join(lines).replace(" ", "") == written.replace(" ", "")
-
-
-def test_view_ranges() -> None:
-    assert view_ranges("0,3,5-6, 7 - 7 ", 8) == [range(1), range(3, 4), range(5, 7), range(7, 8)]
-    assert view_ranges(f"0-{10**15}", 10**16) == [range(10**15 + 1)]
-    with pytest.raises(RecipeError, match="from 0 to 2"):
-        view_ranges("3", 3)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_forked_child_renders_the_same(digits, pairs, expected) -> None:
     assert results.get(timeout=60) == hashlib.sha256(expected.contiguous().numpy().tobytes()).hexdigest()
     child.join(30)
     assert child.exitcode == 0
-    assert torch.equal(pixels(make(digits), *pairs), expected), "and the parent goes on"
+    assert torch.equal(pixels(make(digits), *pairs), expected), "and the parent still renders"
 
 
 def test_batches_say_which_rows_they_hold(digits) -> None:

@@ -245,7 +245,7 @@ def test_without_recipes_nothing_is_mixed() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_shares_follow_their_beta_distribution(kind: str, alpha: float) -> None:
+def test_lams_follow_their_beta_distribution(kind: str, alpha: float) -> None:
     kinds, lams, _ = mixing_of(parameters_of(8, **{kind: MixRecipe(alpha=alpha)}), 10_000)
     assert set(kinds) == {MIXUP if kind == "mixup" else CUTMIX}
     assert lams.min() >= 0
@@ -302,7 +302,7 @@ def test_every_size_cuts_the_same_part() -> None:
         assert np.abs(fractions[0] - other).max() < 2.51 / 160
 
 
-def test_shares_and_places_are_independent() -> None:
+def test_lams_and_boxes_are_independent() -> None:
     kinds, lams, _ = mixing_of(parameters_of(14, mixup=MixRecipe(), cutmix=MixRecipe()), 8000)
     states = states_of(parameters_of(14), 8000)
     down, across = ([int(draw_below(state, MIX_WORD + k, 1000)) for state in states] for k in (4, 5))
@@ -379,7 +379,7 @@ def test_no_two_decisions_read_the_same_word() -> None:
     assert MIX_WORD + 3 not in words, "the partner's"
 
 
-def test_compiled_boxes_and_shares_equal_uncompiled_ones() -> None:
+def test_compiled_boxes_and_lams_equal_uncompiled_ones() -> None:
     cases = [(erasing(2**64 - 1, count=3), 224), (erasing(0, 1.0, **WIDE), 33), (erasing(1), 1)]
     compiled = [boxes_of(p, size, 100) for p, size in cases]
     states = [states_of(p, 100) for p, _ in cases]
@@ -424,5 +424,5 @@ def frozen(key: int, view: int) -> tuple:
 
 
 @pytest.mark.parametrize("case", FROZEN, ids=str)
-def test_frozen_boxes_and_shares(case: tuple[int, int]) -> None:
+def test_frozen_boxes_and_lams(case: tuple[int, int]) -> None:
     assert frozen(*case) == FROZEN[case]

@@ -105,7 +105,7 @@ def test_dct_scaling_changes_large_crops_alone_and_only_a_little(photos: Beton) 
 
 
 @pytest.mark.parametrize("only", ["mixup", "cutmix"])
-def test_mixing_is_what_the_shares_say(digits: Beton, only: str) -> None:
+def test_mixing_is_what_the_lams_say(digits: Beton, only: str) -> None:
     """The mixed view from the two views alone: a blend, or pixels of one or the other."""
     mix, rows = MixRecipe(alpha=1.0), np.arange(len(digits))
     plain, views = ViewRecipe(seed=2, count=2), ViewRecipe.model_validate({"seed": 2, "count": 2, only: mix})
