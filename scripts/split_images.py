@@ -2,7 +2,7 @@
 
     python scripts/split_images.py photos data/own --validation 0.2 --seed 0
 
-Files are copied. Which images of a class validate is decided by a digest of the seed and of the file's path in SOURCE, so
+Files are copied. A digest of the seed and of the path in SOURCE decides which images of a class validate, so
 the same call gives the same split on every machine. Every class has at least one image on both sides.
 """
 
