@@ -7,17 +7,18 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest \
 # seeds.py comes after these, since it takes the demo's data.
 BENCHMARKS := kernels loader pack store label branches latency step
 
-.PHONY: help setup demo test check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
+.PHONY: help setup demo test check docs bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
 
 help:
 	@echo "make demo   pack, label, train, fold and export on real images; prints a table (about 10 minutes on 2 cores)"
 	@echo "make test   the tests"
 	@echo "make check  ruff, pyright and the tests"
+	@echo "make docs   the pages of docs/ as a site in build/docs; warnings and broken links are errors"
 	@echo "make bench  the benchmarks, and for the last of them the demo"
 	@echo "make ablation-smoke  every row of the study in configs/README.md, two steps each, on a few digits"
 	@echo "make gpu-check  everything a GPU must prove, within 25 minutes; results go to gpu-report.json (GPU_CHECK=options)"
 	@echo "make gpu-kit  a folder to copy to a GPU machine without network (KIT_PYTHON=python3.12: that machine's version)"
-	@echo "make gpu-table  put the tables of benchmarks/reports/ into README.md"
+	@echo "make gpu-table  put the tables of benchmarks/reports/ into docs/benchmarks.md"
 	@echo "make clean  remove what the demo made"
 
 setup: .venv/.ready
@@ -37,6 +38,11 @@ check: setup
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m pyright
 	$(PYTEST)
+
+docs: setup
+	$(PYTHON_BIN) scripts/recipe_keys.py build/recipe-keys
+	$(PYTHON_BIN) -m zensical build --strict --clean
+	$(PYTHON_BIN) scripts/check_links.py build/docs
 
 bench: setup
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON_BIN) benchmarks/$$name.py || exit 1; done
@@ -59,7 +65,7 @@ gpu-kit: setup
 	$(PYTHON_BIN) scripts/gpu_kit.py --python $(KIT_PYTHON)
 
 gpu-table: setup
-	$(PYTHON_BIN) benchmarks/gpu_table.py --into README.md $(wildcard benchmarks/reports/*.json)
+	$(PYTHON_BIN) benchmarks/gpu_table.py --into docs/benchmarks.md $(wildcard benchmarks/reports/*.json)
 
 clean:
 	rm -rf data/demo runs/demo export/demo

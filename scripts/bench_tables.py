@@ -25,6 +25,8 @@ from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.files import write_atomically
 
 REPORTS, PAGE = Path("benchmarks/reports/cpu"), Path("docs/benchmarks.md")
+FEW = 3  # longer lists are the figures of single rounds
+Figures = dict[str, Any]
 LIBRARIES = ("torch", "timm", "ffcv", "numba", "numpy", "pillow")
 
 
@@ -84,38 +86,45 @@ def filled(text: str, reports: Sequence[Path]) -> str:
     return text
 
 
-def tables(figures: Any, title: str = "") -> Iterator[str]:
-    """Tables of what a benchmark wrote: records, rows of figures by name, or single figures; sections below them."""
+def tables(figures: Any, title: str = "figure") -> Iterator[str]:
+    """Tables of what a benchmark wrote: single figures, then one for sections that have the same figures, or one for each.
+    Goals and the figures of single rounds are left out."""
+    figures = named(figures)
+    sections = {name: named(value) for name, value in figures.items() if is_section(value)}
+    single = flat({name: value for name, value in figures.items() if name not in sections})
+    if single:
+        yield table([title, "value"], [[name, value] for name, value in single.items()])
+    if len({tuple(section) for section in sections.values()}) == 1 and len(sections) > 1:
+        rows = {name: flat(section) for name, section in sections.items()}
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        yield table([title, *columns], [[name, *(row[column] for column in columns)] for name, row in rows.items()])
+    else:
+        for name, section in sections.items():
+            yield from tables(section, name)
+
+
+def named(figures: Any) -> Any:
+    """Records by what they are about, or by their number."""
     if isinstance(figures, list):
-        figures = {str(record.pop("what", number)): record for number, record in enumerate(map(dict, figures), 1)}
-    rows = {name: cells(value) for name, value in figures.items() if isinstance(value, dict | list)}
-    flat = {name: row for name, row in rows.items() if row is not None}
-    single = cells(figures) or {}
-    if single and not flat:
-        yield table([title or "figure", "value"], [[name, value] for name, value in single.items()])
-    elif flat:
-        columns = list(dict.fromkeys(column for row in flat.values() for column in row))
-        yield table(
-            [title, *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in flat.items()]
-        )
+        return {str(record.pop("what", number)): record for number, record in enumerate(map(dict, figures), 1)}
+    return figures
+
+
+def is_section(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+
+
+def flat(figures: Figures, where: str = "") -> dict[str, str]:
+    """All figures of a section as text, by their names with those of the sections around them."""
+    found: dict[str, str] = {}
     for name, value in figures.items():
-        if name in rows and name not in flat:
-            yield from tables(value, f"{title}, {name}".strip(", "))
-
-
-def cells(figures: Any) -> dict[str, str] | None:
-    """Figures by name as text, without goals and without the figures of each round; None where there are sections."""
-    if not isinstance(figures, dict):
-        return None
-    kept = {
-        name: value for name, value in figures.items() if not name.startswith("goal") and not isinstance(value, list)
-    }
-    lists = {name: value for name, value in figures.items() if isinstance(value, list) and len(value) <= 3}
-    if any(isinstance(value, dict) for value in kept.values()):
-        return None
-    return {name: number(value) for name, value in kept.items()} | {
-        name: " / ".join(number(value) for value in values) for name, values in lists.items()
-    }
+        if isinstance(value, dict):
+            found |= flat(value, f"{where}{name}, ")
+        elif isinstance(value, list) and len(value) <= FEW and not is_section(value):
+            found[where + name] = " / ".join(number(part) for part in value)
+        elif not isinstance(value, list) and not name.startswith("goal"):
+            found[where + name] = number(value)
+    return found
 
 
 def number(value: Any) -> str:
