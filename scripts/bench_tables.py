@@ -87,8 +87,8 @@ def filled(text: str, reports: Sequence[Path]) -> str:
 
 
 def tables(figures: Any, title: str = "figure") -> Iterator[str]:
-    """Tables of what a benchmark wrote: single figures, then one for sections that have the same figures, or one for each.
-    Goals and the figures of single rounds are left out."""
+    """Tables of what a benchmark wrote: single figures, then one for all sections that have the same figures, or one
+    for each. Goals and the figures of single rounds are left out."""
     figures = named(figures)
     sections = {name: named(value) for name, value in figures.items() if is_section(value)}
     single = flat({name: value for name, value in figures.items() if name not in sections})

@@ -34,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def split(source: Path, target: Path, fraction: float, seed: int) -> dict[str, int]:
     """Copy the images of each class into train/ and validation/, and count them. Raises DataError."""
-    if not source.is_dir():
-        raise DataError(f"{source}: expected a folder of class folders, found none; check the path")
+    folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    if not folders:
+        raise DataError(f"{source}: expected class folders, found none; check the path")
     if not 0 < fraction < 1:
         raise DataError(f"--validation: expected a fraction between 0 and 1, found {fraction}; give another one")
     existing = [target / name for name in ("train", "validation") if (target / name).exists()]
@@ -43,12 +44,10 @@ def split(source: Path, target: Path, fraction: float, seed: int) -> dict[str, i
         raise DataError(
             f"{existing[0]}: expected nothing there, found an earlier split; remove it or name another folder"
         )
-    plan = {
-        folder.name: divided(source, folder, fraction, seed) for folder in sorted(source.iterdir()) if folder.is_dir()
-    }
+    plan = [divided(source, folder, fraction, seed) for folder in folders]
     counts = {"train": 0, "validation": 0}
-    for paths in plan.values():
-        for name, files in paths.items():
+    for sides in plan:
+        for name, files in sides.items():
             for path in files:
                 copy = target / name / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
