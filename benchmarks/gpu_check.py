@@ -4,7 +4,7 @@ Four stages in the order of their worth (benchmarks/gpu_stages/ has a module for
 
     numerics  branches, losses, labels, training and resuming on the device, against float64 on the CPU
     student   a step of MobileNetV2 and GhostNetV3 in every form, against timm's own and a teacher that runs along
-    teacher   images a second of the teachers, and what labelling ImageNet would take
+    teacher   images a second of the teachers, and what labeling ImageNet would take
     pipeline  label and train on the demo's images: rate, waiting, copies; two processes where there are two GPUs
 
 Every stage runs in a process of its own, and every result is in the report (--out) as soon as there is one: a check

@@ -123,8 +123,8 @@ def operations(images: list[np.ndarray]) -> dict[str, dict[str, Side]]:
             "Pillow": on_pillow(lambda image: ImageEnhance.Color(image).enhance(PEER_FACTOR)),
             "torchvision": on_tensors(lambda image: vision.adjust_saturation(image, PEER_FACTOR)),
         },
-        "grey": {
-            "kernel": kernel(color.grey),
+        "gray": {
+            "kernel": kernel(color.gray),
             "Pillow": on_pillow(lambda image: image.convert("L").convert("RGB")),
             "torchvision": on_tensors(lambda image: vision.rgb_to_grayscale(image, 3)),
         },

@@ -1,4 +1,4 @@
-"""What labelling costs beyond its teacher: a labelling run against the bare teacher loop on batches that are ready.
+"""What labeling costs beyond its teacher: a labeling run against the bare teacher loop on batches that are ready.
 
 DeiT-B with random weights on views of 224 pixels (crop, flip) from JPEGs of about 500 x 375. The run renders, labels,
 encodes, digests and writes a store; the loop calls the same teacher on uint8 batches in memory. The two take turns; the
@@ -28,8 +28,8 @@ from loader import write_photographs
 from softshard.pipeline.images.beton import open_beton
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.images.pack import pack
-from softshard.pipeline.labels.label import label_units, make_labeller, missing_units
-from softshard.pipeline.labels.labeler import Labeller
+from softshard.pipeline.labels.label import label_units, make_labeler, missing_units
+from softshard.pipeline.labels.labeler import Labeler
 from softshard.pipeline.recipes.recipe import (
     LabelRecipe,
     PackRecipe,
@@ -68,9 +68,9 @@ def make_recipe(folder: Path, images: int, batch_size: int, template: bool, work
     )
 
 
-def run(labeller: Labeller, manifest: StoreManifest) -> float:
+def run(labeler: Labeler, manifest: StoreManifest) -> float:
     """Label everything into a new store; returns the wall time divided by that spent in the teacher."""
-    ensemble, inside, started = labeller.ensemble, [], time.perf_counter()
+    ensemble, inside, started = labeler.ensemble, [], time.perf_counter()
 
     def timed(images: dict[int, torch.Tensor]) -> torch.Tensor:
         before = time.perf_counter()
@@ -78,14 +78,14 @@ def run(labeller: Labeller, manifest: StoreManifest) -> float:
         inside.append(time.perf_counter() - before)
         return logits
 
-    labeller.ensemble = timed
-    beton, location = labeller.beton, Path(labeller.recipe.store)
+    labeler.ensemble = timed
+    beton, location = labeler.beton, Path(labeler.recipe.store)
     shutil.rmtree(location, ignore_errors=True)
     store = create_store(location, manifest, beton.keys, beton.crc32)
     with StopSignal() as stop, ThreadPoolExecutor(1) as writer:
         units = missing_units(store, range(VIEWS))
-        assert label_units(labeller, store, units, stop, lambda views, labels: None, writer)
-    labeller.ensemble = ensemble
+        assert label_units(labeler, store, units, stop, lambda views, labels: None, writer)
+    labeler.ensemble = ensemble
     return (time.perf_counter() - started) / sum(inside)
 
 
@@ -97,9 +97,9 @@ def ready_batches(recipe: LabelRecipe) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def loop(labeller: Labeller, batches: list[torch.Tensor]) -> float:
+def loop(labeler: Labeler, batches: list[torch.Tensor]) -> float:
     for images in batches:
-        labeller.ensemble({SIZE: images})
+        labeler.ensemble({SIZE: images})
     return 1.0  # all of it in the teacher
 
 
@@ -124,9 +124,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         recipe = make_recipe(Path(name), options.images, options.batch, options.template, options.workers)
-        labeller, manifest = make_labeller(recipe, Accelerator(cpu=True))
+        labeler, manifest = make_labeler(recipe, Accelerator(cpu=True))
         batches = ready_batches(recipe)
-        sides = {"label": lambda: run(labeller, manifest), "bare teacher": lambda: loop(labeller, batches)}
+        sides = {"label": lambda: run(labeler, manifest), "bare teacher": lambda: loop(labeler, batches)}
         for side in sides.values():
             side()
         rounds = [{name: measure(side) for name, side in sides.items()} for _ in range(options.rounds)]

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from softshard.trainer.export.formats import FORMATS
-from softshard.trainer.export.formats.contract import Job, Preprocessing
+from softshard.trainer.export.formats.contract import InputSpec, Job
 from softshard.trainer.export.latency import (
     Form,
     Side,
@@ -45,8 +45,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES, BATCHES, BATCH_SIZE = 1000, 4, 8
 
 
-def photographs(pixels: Preprocessing) -> list[Tensor]:
-    """Batches of squares cut at random from the two photographs, normalised."""
+def photographs(pixels: InputSpec) -> list[Tensor]:
+    """Batches of squares cut at random from the two photographs, normalized."""
     rng, batches = np.random.default_rng(0), []
     for _ in range(BATCHES):
         images = []
@@ -56,11 +56,11 @@ def photographs(pixels: Preprocessing) -> list[Tensor]:
             left, top = (int(rng.integers(0, limit - side + 1)) for limit in photograph.size)
             square = photograph.resize((pixels.size, pixels.size), box=(left, top, left + side, top + side))
             images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
-        batches.append(pixels.normalise(torch.stack(images)))
+        batches.append(pixels.normalize(torch.stack(images)))
     return batches
 
 
-def sides(name: str, kinds: tuple[Kind, ...], pixels: Preprocessing, folder: Path) -> list[Side]:
+def sides(name: str, kinds: tuple[Kind, ...], pixels: InputSpec, folder: Path) -> list[Side]:
     student = StudentRecipe(
         model=name, library=STUDENTS[name], num_classes=CLASSES, expand=ExpandRecipe(branches=3, kinds=kinds)
     )
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    pixels = Preprocessing(size=options.size, crop_pct=0.875, mean=MEAN, std=STD)
+    pixels = InputSpec(size=options.size, crop_pct=0.875, mean=MEAN, std=STD)
     latencies = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.students.split(","):

@@ -2,7 +2,7 @@
 
 Views of 224 pixels from JPEGs of about 500 x 375, all from the system's cache, as uint8 batches: stock FFCV on the same
 packed file, torchvision and timm in a DataLoader on the class folder, and views that share a decode against views that
-do not. timm's erasing works on normalised floats, so that its batches are float32. Every pair has the same images,
+do not. timm's erasing works on normalized floats, so that its batches are float32. Every pair has the same images,
 batch size and number of workers (threads here and in FFCV, processes that live on in a DataLoader). The two sides of a
 pair take turns; CPU time is that of the process and its workers. The table shows medians of the rounds, and medians of
 the ratios within a round. `--json PATH` writes the figures.

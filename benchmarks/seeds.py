@@ -1,6 +1,6 @@
 """Top-1 of the demo's student over several seeds: on hard labels, on soft labels, and on soft labels with branches.
 
-All have the demo's budget, optimiser, views and data, which `make demo` makes first; the seed decides the initial
+All have the demo's budget, optimizer, views and data, which `make demo` makes first; the seed decides the initial
 weights and the order of the images. A run is a process of its own with one thread, in a temporary folder, `--jobs` of
 them at a time. Top-1 is that of the averaged weights at the end, folded where there are branches. `--json PATH` writes
 the figures.

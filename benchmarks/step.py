@@ -1,6 +1,6 @@
 """What a step of training costs with stored soft labels: against hard labels, and against a teacher that runs along.
 
-The student is that of configs/train/ghostnetv3_100.yaml with its optimiser, average and loss: plain, expanded, and
+The student is that of configs/train/ghostnetv3_100.yaml with its optimizer, average and loss: plain, expanded, and
 expanded with separate branches. Pixels are random, labels come from a small store of made-up codes. All sides of a
 student share one learner and take turns, in reversed order every other round. The tables show medians of the rounds
 and medians of the ratios within a round, for CPU and for wall time of the process. The parts, all by default:
@@ -10,7 +10,7 @@ and medians of the ratios within a round, for CPU and for wall time of the proce
               add, measured alone (gathering, decoding, the loss and its gradient, without those of hard labels). The
               goal is judged by both
     online    timm's LogitDistillationTask with DeiT-B (random weights), which labels each batch in the step. Against it
-              our step with a tail template, alone and with its share of labelling the batch beforehand: the labels of a
+              our step with a tail template, alone and with its share of labeling the batch beforehand: the labels of a
               view serve all epochs that see it, of all students. Beside it, how many times it could be at most: if our
               step took no more than the student's forward and backward pass
     memory    of a process that takes steps, with and without the teacher; of one that uses a view of a store and reads
@@ -46,7 +46,7 @@ from step_processes import (
 from step_sides import (
     STUDENTS,
     Step,
-    labelling_step,
+    labeling_step,
     labels_step,
     learner_step,
     make_labels,
@@ -133,18 +133,18 @@ def measure_online(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         sides[student] = learner_step(training, labels)
         sides[f"{student}, timm"] = online_step(training, teacher)
         sides[f"{student}, passes"] = passes_step(training)
-        sides["labelling"] = labelling_step(training, teacher)
+        sides["labeling"] = labeling_step(training, teacher)
     times = take_turns(sides, options.rounds)
     results: dict[str, Any] = {name: medians(float, figures) for name, figures in times.items()}
     heading("online: seconds a step; how many times ours timm's task takes")
-    row("labelling a batch beforehand: seconds", results["labelling"])
+    row("labeling a batch beforehand: seconds", results["labeling"])
     for student in STUDENTS:
         results[f"{student}, times"] = report_online(student, times)
     return results
 
 
 def report_online(student: str, times: Times) -> dict[str, dict[str, float]]:
-    ours, online, labelling = times[student], times[f"{student}, timm"], times["labelling"]
+    ours, online, labeling = times[student], times[f"{student}, timm"], times["labeling"]
     row(f"{student}: seconds", medians(float, ours))
     row(f"{student}, timm's task: seconds", medians(float, online))
     results = {"step": medians(lambda ours, online: online / ours, ours, online)}
@@ -153,14 +153,14 @@ def report_online(student: str, times: Times) -> dict[str, dict[str, float]]:
     row(f"{student}: times", results["step"], verdict)
     passes = times[f"{student}, passes"]
     row("  the student's forward and backward pass alone: seconds", medians(float, passes))
-    results["most"] = medians(lambda alone, teacher: 1 + teacher / alone, passes, labelling)
+    results["most"] = medians(lambda alone, teacher: 1 + teacher / alone, passes, labeling)
     row("  times, if nothing else took any time", results["most"])
     for views in VIEWS:
         for students in STUDENTS_SHARING:
             seen = EPOCHS // views
-            name = f"with labelling, {views} views, each seen {seen} x, students: {students}"
+            name = f"with labeling, {views} views, each seen {seen} x, students: {students}"
             uses = seen * students
-            results[name] = medians(lambda a, b, c, uses=uses: b / (a + c / uses), ours, online, labelling)
+            results[name] = medians(lambda a, b, c, uses=uses: b / (a + c / uses), ours, online, labeling)
             row(f"  {name}", results[name])
     return results
 

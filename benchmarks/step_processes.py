@@ -36,7 +36,7 @@ from softshard.pipeline.recipes.recipe import PackRecipe, SourceRecipe, ViewReci
 from softshard.pipeline.store.store import create_store, open_store
 from softshard.pipeline.store.topk import decode, encode, encode_template
 from softshard.pipeline.views.golden import make_probes
-from softshard.trainer.data.soft_labels import LabelReader, Labels, ViewLabels
+from softshard.trainer.data.soft_labels import EpochLabels, LabelReader, Labels
 
 VIEWS = ViewRecipe(seed=0, count=2)
 BIN = Path(sys.executable).parent
@@ -120,7 +120,7 @@ def reading_memory(path: Path, with_template: bool) -> dict[str, float]:
     return {"decoded": decoded, "joined": joined, "template": held, "peak": peak, "seconds": seconds}
 
 
-def use(labels: ViewLabels | None) -> int:
+def use(labels: EpochLabels | None) -> int:
     """Take some random batches; returns the bytes of the view's codes."""
     assert labels
     [(part, codes)] = labels.parts

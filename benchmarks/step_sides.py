@@ -17,8 +17,8 @@ from softshard.pipeline.recipes.yaml_file import Override, load_recipe
 from softshard.pipeline.store.store import create_store
 from softshard.pipeline.store.topk import encode, encode_template
 from softshard.pipeline.views.batch import Batch
-from softshard.trainer.data.soft_labels import LabelReader, Labels, ViewLabels
-from softshard.trainer.loop.train_state import Learner, make_learner
+from softshard.trainer.data.soft_labels import EpochLabels, LabelReader, Labels
+from softshard.trainer.loop.train_state import TrainState, make_train_state
 from softshard.trainer.losses import distillation_loss
 from softshard.trainer.recipe import TrainRecipe
 
@@ -30,15 +30,15 @@ STUDENTS: dict[str, list[Override]] = {
     "separate": [("student.expand.branches_as", "separate")],
 }
 TEACHER, CLASSES, K, CPU = "deit_base_patch16_224", 1000, 10, torch.device("cpu")
-LABELLED = 4096  # rows of the store
+LABELED = 4096  # rows of the store
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A student, its optimiser and average, and one batch, which all of its sides share."""
+    """A student, its optimizer and average, and one batch, which all of its sides share."""
 
-    learner: Learner
+    learner: TrainState
     batch: Batch
     updates: Iterator[int] = field(default_factory=count)
 
@@ -47,9 +47,9 @@ def make_training(student: str, images: int, size: int) -> Training:
     recipe = load_recipe(TrainRecipe, RECIPE, [*ON_A_CPU, *STUDENTS[student], ("data.size", str(size))])
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (images, 3, size, size), np.uint8))
-    labels, rows = torch.from_numpy(rng.integers(0, CLASSES, images)), rng.integers(0, LABELLED, images)
+    labels, rows = torch.from_numpy(rng.integers(0, CLASSES, images)), rng.integers(0, LABELED, images)
     batch = Batch(pixels.to(memory_format=torch.channels_last), rows, labels, None)
-    return Training(make_learner(Accelerator(cpu=True), recipe, steps=1000), batch)
+    return Training(make_train_state(Accelerator(cpu=True), recipe, steps=1000), batch)
 
 
 def make_teacher(size: int) -> nn.Module:
@@ -57,23 +57,23 @@ def make_teacher(size: int) -> nn.Module:
     return timm.create_model(TEACHER, num_classes=CLASSES, img_size=size).eval()
 
 
-def make_labels(folder: Path, with_template: bool) -> ViewLabels:
+def make_labels(folder: Path, with_template: bool) -> EpochLabels:
     """A view of a store of made-up codes."""
-    logits = synthetic_logits().flatten(0, 1)[:LABELLED]
-    shape = manifest(LABELLED, CLASSES, K, LABELLED, with_template)
-    store = create_store(folder, shape, np.arange(LABELLED, dtype=np.uint64), np.zeros(LABELLED, np.uint32))
+    logits = synthetic_logits().flatten(0, 1)[:LABELED]
+    shape = manifest(LABELED, CLASSES, K, LABELED, with_template)
+    store = create_store(folder, shape, np.arange(LABELED, dtype=np.uint64), np.zeros(LABELED, np.uint32))
     store.write_block(0, 0, encode(logits, K))
     template = None
     if with_template:
         store.write_template(0, encode_template(logits[:, None]).numpy())
         template = store.read_template()
-    with LabelReader([Labels(store, np.arange(LABELLED), template, None, 1.0)]) as reader:
+    with LabelReader([Labels(store, np.arange(LABELED), template, None, 1.0)]) as reader:
         labels = reader.labels(0, 0)
     assert labels
     return labels
 
 
-def learner_step(training: Training, labels: ViewLabels | None) -> Step:
+def learner_step(training: Training, labels: EpochLabels | None) -> Step:
     """A step of the trainer, on hard labels alone when there are no others."""
     learner, batch = training.learner, training.batch
 
@@ -86,7 +86,7 @@ def learner_step(training: Training, labels: ViewLabels | None) -> Step:
     return step
 
 
-def labels_step(training: Training, labels: ViewLabels | None) -> Step:
+def labels_step(training: Training, labels: EpochLabels | None) -> Step:
     """What the labels of a step take, without the student: from a view's codes to the gradient of the logits."""
     loss, batch = training.learner.recipe.loss, training.batch
     logits = torch.randn(len(batch.labels), CLASSES, requires_grad=True)
@@ -100,7 +100,7 @@ def labels_step(training: Training, labels: ViewLabels | None) -> Step:
 
 
 def online_step(training: Training, teacher: nn.Module) -> Step:
-    """The same step with timm's task, whose teacher labels the batch; pixels are normalised as timm's loader does."""
+    """The same step with timm's task, whose teacher labels the batch; pixels are normalized as timm's loader does."""
     learner, batch = training.learner, training.batch
     student, loss = learner.student, learner.recipe.loss
     task = timm.task.LogitDistillationTask(
@@ -126,7 +126,7 @@ def online_step(training: Training, teacher: nn.Module) -> Step:
 
 
 def passes_step(training: Training) -> Step:
-    """The student's forward and backward pass alone, without soft labels, optimiser and average."""
+    """The student's forward and backward pass alone, without soft labels, optimizer and average."""
     learner, batch = training.learner, training.batch
 
     def step() -> None:
@@ -136,7 +136,7 @@ def passes_step(training: Training) -> Step:
     return step
 
 
-def labelling_step(training: Training, teacher: nn.Module) -> Step:
+def labeling_step(training: Training, teacher: nn.Module) -> Step:
     """What labels of the batch cost, once."""
     student, batch = training.learner.student, training.batch
 

@@ -96,7 +96,9 @@ def template_bytes(template: NDArray[np.uint8]) -> float:
 def dense(labels: SoftLabels, classes: int) -> Tensor:
     """The whole distribution, [B, C]."""
     rows, k = labels.index.shape
-    share = torch.full((rows, classes), 1 / (classes - k)) if labels.tail_share is None else labels.tail_share
+    share = (
+        torch.full((rows, classes), 1 / (classes - k)) if labels.tail_distribution is None else labels.tail_distribution
+    )
     return (labels.tail[:, None] * share).scatter(1, labels.index, labels.probability)
 
 

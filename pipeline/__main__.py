@@ -39,13 +39,11 @@ def _label(arguments: argparse.Namespace) -> int:
     whole = label(recipe, arguments.views)
     store = open_store(recipe.store)
     digests, count = store.digests(), store.manifest.views.count
-    labelled, blocks = int((digests != 0).sum()), digests.size
+    labeled, blocks = int((digests != 0).sum()), digests.size
     if not whole:
-        print(
-            f"{recipe.store}: stopped with {labelled} of {blocks} blocks labelled; run the same command again to go on"
-        )
+        print(f"{recipe.store}: stopped with {labeled} of {blocks} blocks labeled; run the same command again to go on")
         return INTERRUPTED_STATUS
-    part = "" if labelled == blocks else f"{labelled} of {blocks} blocks of "
+    part = "" if labeled == blocks else f"{labeled} of {blocks} blocks of "
     size = f"{store.bytes_per_view(digests):.2f} bytes a view"
     print(f"{recipe.store}: {part}{count} views of {store.manifest.samples} images, {size}")
     return 0
@@ -59,10 +57,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise RecipeError("verify: expected --sample N together with --config F, the label recipe, found one of them")
     report = verify(path)
     if arguments.sample is not None and not report.problems:
-        from softshard.pipeline.labels.spot_check import relabel
+        from softshard.pipeline.labels.spot_check import spot_check
 
         recipe = load_recipe(LabelRecipe, arguments.config, [*arguments.overrides, ("store", json.dumps(path))])
-        report = relabel(recipe, arguments.sample, arguments.seed)
+        report = spot_check(recipe, arguments.sample, arguments.seed)
     for problem in report.problems:
         print(problem)
     state = f"{len(report.problems)} not whole" if report.problems else "whole"

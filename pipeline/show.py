@@ -67,12 +67,12 @@ def _store(store: Store) -> dict[str, Any]:
 
 
 def _views(store: Store, digests: NDArray[np.uint64]) -> list[dict[str, Any]]:
-    """Figures of each view of which something is labelled, from one of its blocks, a different one for each view."""
+    """Figures of each view of which something is labeled, from one of its blocks, a different one for each view."""
     figures = []
     for view, blocks in enumerate(digests):
-        labelled = np.flatnonzero(blocks)
-        if len(labelled):
-            codes = store.read_block(view, int(labelled[view % len(labelled)]))
+        labeled = np.flatnonzero(blocks)
+        if len(labeled):
+            codes = store.read_block(view, int(labeled[view % len(labeled)]))
             soft = decode(*codes.tensors(), store.manifest.classes, 1.0)
             means = {"confidence": soft.probability[:, 0].mean(), "tail": soft.tail.mean()}
             figures.append({"view": view} | {name: float(mean) for name, mean in means.items()})
@@ -147,13 +147,13 @@ def _view_lines(views: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return lines
 
 
-def _coverage(labelled: Sequence[int], blocks: int) -> list[str]:
-    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labelled']"""
+def _coverage(labeled: Sequence[int], blocks: int) -> list[str]:
+    """['views 0-11: whole', 'view 12: 3 of 40 blocks', 'views 13-299: not labeled']"""
     lines, first = [], 0
-    for done, views in groupby(labelled):
+    for done, views in groupby(labeled):
         last = first + len(list(views)) - 1
         which = f"view {first}" if first == last else f"views {first}-{last}"
-        state = "whole" if done == blocks else f"{done} of {blocks} blocks" if done else "not labelled"
+        state = "whole" if done == blocks else f"{done} of {blocks} blocks" if done else "not labeled"
         lines.append(f"{which}: {state}")
         first = last + 1
     return lines

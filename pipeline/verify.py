@@ -1,4 +1,4 @@
-"""Check that a packed file or a store is whole: every checksum, every image in full, every labelled block."""
+"""Check that a packed file or a store is whole: every checksum, every image in full, every labeled block."""
 
 import os
 import zlib
@@ -69,8 +69,8 @@ def _image_problem(beton: Beton, file: BinaryIO, row: int) -> str | None:
 def _verify_store(store: Store) -> Report:
     places = list(np.ndindex(store.manifest.views.count, store.blocks))
     found = list(in_order(lambda place: _block_problem(store, *place), places, len(places), "verify", "block"))
-    labelled = sum(problem is not None for problem in found)
-    checked = f"{labelled} of {len(places)} blocks labelled"
+    labeled = sum(problem is not None for problem in found)
+    checked = f"{labeled} of {len(places)} blocks labeled"
     if store.manifest.template:
         templates = [_template_problem(store, block) for block in range(store.blocks)]
         checked += f", {sum(problem is not None for problem in templates)} of {store.blocks} templates"
@@ -79,7 +79,7 @@ def _verify_store(store: Store) -> Report:
 
 
 def _block_problem(store: Store, view: int, block: int) -> str | None:
-    return _problem(partial(store.is_block_labelled, view, block), partial(store.read_block, view, block))
+    return _problem(partial(store.is_block_labeled, view, block), partial(store.read_block, view, block))
 
 
 def _template_problem(store: Store, block: int) -> str | None:
@@ -87,7 +87,7 @@ def _template_problem(store: Store, block: int) -> str | None:
 
 
 def _problem(is_there: Callable[[], bool], read: Callable[[], object]) -> str | None:
-    """None: not labelled yet. Empty: whole."""
+    """None: not labeled yet. Empty: whole."""
     try:
         if not is_there():
             return None

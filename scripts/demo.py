@@ -134,7 +134,7 @@ def remove(product: Path) -> None:
 
 
 def write_digits() -> None:
-    """The 5,000 digits as grey JPEG files, root/SPLIT/DIGIT/NUMBER.jpg; every fifth one of a digit validates."""
+    """The 5,000 digits as gray JPEG files, root/SPLIT/DIGIT/NUMBER.jpg; every fifth one of a digit validates."""
     if (DATA / "train").exists() and (DATA / "validation").exists():
         return
     partial = DATA / ".images"

@@ -2,7 +2,7 @@
 
 That machine has Linux on x86-64, one version of Python with pip, torch, torchvision, timm, accelerate and numba with
 what these depend on, and no network. The folder brings this project and FFCV as wheels that hold their shared
-libraries, the wheels of everything else that labelling, training and exporting import, and packed images: the demo's
+libraries, the wheels of everything else that labeling, training and exporting import, and packed images: the demo's
 digits, and some photographs. run.sh installs beside itself, and only what is not there already.
 """
 

@@ -1,1 +1,1 @@
-"""softshard: precompute a teacher's soft labels once, train compact re-parameterised students from them."""
+"""softshard: precompute a teacher's soft labels once, train compact re-parameterized students from them."""

@@ -24,7 +24,7 @@ class Ensemble(nn.Module):
     Raises TeacherError: no teachers, class counts that differ, a weight for each that is not finite and positive.
     """
 
-    shares: Tensor
+    weights: Tensor
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class Ensemble(nn.Module):
         self.sizes = tuple(sorted({teacher.size for teacher in teachers}))
         self._inputs = tuple(teacher.size for teacher in teachers)
         views = 2 if flip else 1
-        shares = [weight / math.fsum(weights) / views for weight in weights for _ in range(views)]
-        self.register_buffer("shares", torch.tensor(shares).view(-1, 1, 1))
+        fractions = [weight / math.fsum(weights) / views for weight in weights for _ in range(views)]
+        self.register_buffer("weights", torch.tensor(fractions).view(-1, 1, 1))
 
     def forward(self, images: Mapping[int, Tensor]) -> Tensor:
         logits = torch.stack(list(self._logits(images)))  # [teachers x views, B, classes]
@@ -49,10 +49,10 @@ class Ensemble(nn.Module):
             return logits[0]
         # no matrix product, which autocast would round to half precision
         if self.mean == "logits":
-            return (self.shares * logits).sum(0)
+            return (self.weights * logits).sum(0)
         # a logit of minus infinity would be a probability of zero, and pass unseen
         log_probabilities = logits.log_softmax(-1).where(logits.isfinite(), torch.nan)
-        return (log_probabilities + self.shares.log()).logsumexp(0)
+        return (log_probabilities + self.weights.log()).logsumexp(0)
 
     def _logits(self, images: Mapping[int, Tensor]) -> Iterator[Tensor]:
         for teacher, size in zip(self.teachers, self._inputs, strict=True):

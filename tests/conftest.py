@@ -55,7 +55,7 @@ def photographs() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory, photographs: list[Image.Image]) -> Path:
-    """Crops of the photographs in many sizes: classes `flower` and `temple`, baseline, progressive and grey JPEGs."""
+    """Crops of the photographs in many sizes: classes `flower` and `temple`, baseline, progressive and gray JPEGs."""
     root = tmp_path_factory.mktemp("photos")
     for photograph, name in zip(photographs, ("temple", "flower"), strict=True):
         (root / name).mkdir()
@@ -63,7 +63,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory, photographs: list[Ima
             crop = photograph.crop((0, 0, width, height))
             options = ENCODINGS[number % len(ENCODINGS)]
             crop.save(root / name / f"{height}x{width}.jpg", quality=90, **options)
-        photograph.crop((100, 50, 300, 240)).convert("L").save(root / name / "grey.JPEG")
+        photograph.crop((100, 50, 300, 240)).convert("L").save(root / name / "gray.JPEG")
     return root
 
 
@@ -74,7 +74,7 @@ def photos(photo_folder: Path) -> Beton:
 
 @pytest.fixture(scope="session")
 def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 digits of 28 x 28 pixels as grey JPEGs, classes 0 to 9."""
+    """200 digits of 28 x 28 pixels as gray JPEGs, classes 0 to 9."""
     root = tmp_path_factory.mktemp("digits")
     images, labels = mnist_data()
     for number in range(0, len(images), 25):

@@ -57,7 +57,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 digits of 10 classes, to train on and to validate, packed and labelled under the names that recipes have."""
+    """4 digits of 10 classes, to train on and to validate, packed and labeled under the names that recipes have."""
     folder = tmp_path_factory.mktemp("configs")
     (folder / "data").mkdir()
     write_digits(folder / "digits", 1)
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def updates(run: Path) -> int:
-    """How many updates the optimiser of a finished run has counted; LAMB for all weights, AdamW for each."""
+    """How many updates the optimizer of a finished run has counted; LAMB for all weights, AdamW for each."""
     optimizer = torch.load(run / LAST, weights_only=True, mmap=True)["learner"]["optimizer"]
     parts = [*optimizer["param_groups"], *optimizer["state"].values()]
     [count] = {int(part["step"]) for part in parts if "step" in part}
@@ -139,18 +139,18 @@ def test_every_row_of_the_study_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(CONFIGS.parent)
     rows = SCRIPT["table_rows"]((CONFIGS / "README.md").read_text())
     assert len(rows) > 30
-    labelled, seen = set(), []
+    labeled, seen = set(), []
     for row in rows:
-        *labelling, (package, verb, _, config, *words) = row.commands
-        for label_package, label_verb, _, label_config, *label_words in labelling:
+        *labeling, (package, verb, _, config, *words) = row.commands
+        for label_package, label_verb, _, label_config, *label_words in labeling:
             assert (label_package, label_verb) == ("pipeline", "label")
             labels = load_recipe(LabelRecipe, label_config, overrides(label_words))
             assert {teacher.model for teacher in labels.teachers} <= set(PUBLISHED)
-            labelled.add(labels.store)
+            labeled.add(labels.store)
         assert (package, verb) == ("trainer", "train")
         recipe = load_recipe(TrainRecipe, config, overrides(words))
         assert recipe.output == f"runs/ablation/{row.name}"
-        assert {part.store for part in recipe.data.labels or ()} <= labelled
+        assert {part.store for part in recipe.data.labels or ()} <= labeled
         seen.append(recipe.model_dump(exclude={"output"}))
     assert len({row.name for row in rows}) == len(rows)
     assert all(recipe not in seen[:number] for number, recipe in enumerate(seen))

@@ -113,7 +113,7 @@ def test_a_full_disk_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_line_exits_with_the_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline", "pack", "--config", "none.yaml"]
+    command = [sys.executable, "-m", "softshard", "pack", "--config", "none.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: none.yaml: expected a readable YAML recipe")

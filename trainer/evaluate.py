@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.trainer.data.training_set import open_validation_set
 from softshard.trainer.export.formats.folder import load_folder
 from softshard.trainer.loop.scores import Scores, measure, scores_of, train_accelerator, validation_loader
@@ -30,7 +30,7 @@ def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
     student = Student(load_folder(weights)) if weights.is_dir() else make_student(recipe, weights)
     students = {"student": student.to(accelerator.device)}
     loader, rows = validation_loader(recipe, beton, accelerator), np.arange(len(beton))
-    [sums], [predictions] = measure(accelerator, students, loader, rows, beton.labels, CENTRE)
+    [sums], [predictions] = measure(accelerator, students, loader, rows, beton.labels, CENTER)
     means = (sums.cpu().double() / len(beton)).tolist()
     parameters = sum(parameter.numel() for parameter in student.parameters())
     return Evaluation(scores_of(means), len(beton), parameters, predictions.tolist())

@@ -5,7 +5,7 @@ cross-entropy, and the teacher's entropy makes the value zero at agreement. `dis
 which keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531). Three tail policies say what the
 C - k classes without a stored probability contribute:
 
-    drop    nothing: the top k are renormalised (FKD, arXiv 2112.01528, calls this marginal re-norm)
+    drop    nothing: the top k are renormalized (FKD, arXiv 2112.01528, calls this marginal re-norm)
     lump    one class more, the tail as a whole: the divergence of two distributions over k + 1 outcomes
     spread  the tail mass on the C - k classes: along the image's tail template where the labels have one, otherwise in
             equal parts (marginal smoothing in FKD; TinyViT, arXiv 2207.10666)
@@ -141,8 +141,8 @@ def _divergence(logits: Tensor, soft: SoftLabels, temperature: float, tail: Tail
             others = log_q.scatter(1, soft.index, -torch.inf)
             value = value + _kl(mass, others.logsumexp(dim=1, keepdim=True))
             gradient.addcmul_(others.softmax(dim=1), mass, value=-1)
-        elif soft.tail_share is not None:
-            share = soft.tail_share.to(log_q.dtype)
+        elif soft.tail_distribution is not None:
+            share = soft.tail_distribution.to(log_q.dtype)
             value = value + (torch.xlogy(mass, mass) + mass * _kl(share, log_q)[:, None]).squeeze(1)
             gradient.addcmul_(share, mass, value=-1)
         else:

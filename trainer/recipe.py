@@ -13,9 +13,9 @@ from softshard.trainer.students.expand import Init
 from softshard.trainer.students.fused.dispatch import BranchesAs
 from softshard.trainer.students.trace import Kind
 
-# A smaller rate changes no float32 weight. Adaptive optimisers move a weight by about the rate, whatever its gradient.
+# A smaller rate changes no float32 weight. Adaptive optimizers move a weight by about the rate, whatever its gradient.
 SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTIVE_LR = 1e-8, 100.0, 1.0
-NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")  # in the names of timm's optimisers
+NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")  # in the names of timm's optimizers
 
 
 class LabelsRecipe(Model):
@@ -115,11 +115,11 @@ def _optimizer_name(name: str) -> str:
     known = [str(known) for known in timm.optim.list_optimizers()]
     if name in known and timm.optim.get_optimizer_info(name).second_order:
         raise ValueError(
-            f"expected an optimiser that takes first derivatives alone, such as adamw or lamb (got {name!r})"
+            f"expected an optimizer that takes first derivatives alone, such as adamw or lamb (got {name!r})"
         )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["adamw", "lamb", "sgd"]
-        raise ValueError(f"expected an optimiser of timm.optim, near: {', '.join(near)} (got {name!r})")
+        raise ValueError(f"expected an optimizer of timm.optim, near: {', '.join(near)} (got {name!r})")
     return name
 
 

@@ -1,4 +1,4 @@
-"""The network that trains: built from the recipe, with the normalisation of its pixels inside."""
+"""The network that trains: built from the recipe, with the normalization of its pixels inside."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -50,7 +50,7 @@ def checks(setting: Setting) -> list[Check]:
 def eager(model: str, batches: tuple[int, ...], setting: Setting) -> Outcome:
     outcome = Outcome({"model": model, "mode": "eager"})
     ensemble = make_ensemble(model, setting)
-    label = labelling(ensemble, setting)
+    label = labeling(ensemble, setting)
     _measure(outcome, label, ensemble.sizes[0], batches, setting)
     return outcome
 
@@ -61,8 +61,8 @@ def compiled(model: str, images: int, setting: Setting) -> Outcome:
     outcome = Outcome({"model": model, "mode": "compiled"})
     ensemble = make_ensemble(model, setting)
     pixels = random_images(images, ensemble.sizes[0], setting.device)
-    expected = labelling(ensemble, setting)(pixels)
-    label = labelling(torch.compile(ensemble, backend="inductor" if setting.device == "cuda" else "eager"), setting)
+    expected = labeling(ensemble, setting)(pixels)
+    label = labeling(torch.compile(ensemble, backend="inductor" if setting.device == "cuda" else "eager"), setting)
     started = time.perf_counter()
     found = label(pixels)
     synchronize(setting.device)
@@ -84,7 +84,7 @@ def make_ensemble(model: str, setting: Setting) -> Ensemble:
     return ensemble.to(setting.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def labelling(ensemble: Callable[..., Tensor], setting: Setting) -> Label:
+def labeling(ensemble: Callable[..., Tensor], setting: Setting) -> Label:
     """Logits in bf16, as pipeline/labels/labeler.py gets them."""
 
     @torch.inference_mode()

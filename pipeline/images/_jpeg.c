@@ -1,7 +1,7 @@
 /* JPEG decoding of a box, with libjpeg-turbo; called from compiled code by address, so nothing here touches Python.
 
 jpeg_crop_scanline and jpeg_skip_scanlines leave out the inverse transform of what is not needed. Their first and last
-columns and rows lack neighbours when chroma is upsampled; with MARGIN pixels around the box, every pixel of the box is
+columns and rows lack neighbors when chroma is upsampled; with MARGIN pixels around the box, every pixel of the box is
 what a full decode gives. */
 
 #define PY_SSIZE_T_CLEAN
@@ -62,7 +62,7 @@ EXPORTED int32_t softshard_decode(const uint8_t *jpeg, int64_t length, int64_t h
     jpeg_mem_src(&info, jpeg, (unsigned long)length);
     jpeg_read_header(&info, TRUE);
     if (info.image_height != (JDIMENSION)height || info.image_width != (JDIMENSION)width) escape((j_common_ptr)&info);
-    info.out_color_space = JCS_RGB; /* an error unless the file is grey, YCbCr or RGB */
+    info.out_color_space = JCS_RGB; /* an error unless the file is gray, YCbCr or RGB */
     info.dct_method = JDCT_ISLOW; /* as exact as PIL's, and with SIMD no slower than the fast one */
     info.scale_num = 1;
     info.scale_denom = (unsigned int)denominator;

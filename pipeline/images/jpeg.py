@@ -22,7 +22,7 @@ _library.softshard_decode.argtypes = [
 
 
 def decode(jpeg: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
-    """A grey or YCbCr JPEG as RGB, uint8 [height, width, 3]; None when it is not that, or not whole."""
+    """A gray or YCbCr JPEG as RGB, uint8 [height, width, 3]; None when it is not that, or not whole."""
     return _decode(jpeg, height, width, 1)
 
 

@@ -17,7 +17,7 @@ from softshard.pipeline.runtime.errors import DataError, FormatError
 
 LIBRARIES = ("ffcv", "numba", "numpy", "pillow", "timm", "torch", "zarr")
 THUMBNAIL = 8  # pixels a side
-FEW = 5
+MOST_LISTED = 5
 M = TypeVar("M", bound=Model)
 
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -157,7 +157,9 @@ def parse_sealed(model: type[M], document: dict[str, Any], where: str, remedy: s
         # through JSON, where a list is a legal tuple and types stay strict
         manifest = model.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False)[:FEW]]
+        problems = [
+            f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False)[:MOST_LISTED]
+        ]
         raise FormatError(
             f"{where}: expected a manifest of version 1, found problems: {'; '.join(problems)}; {remedy}"
         ) from None

@@ -1,12 +1,12 @@
 """images -> .beton: read, check, convert where needed, write with a manifest.
 
-Upright 8-bit grey or RGB JPEGs keep their bytes. Everything else becomes an RGB JPEG of quality 95 without chroma
+Upright 8-bit gray or RGB JPEGs keep their bytes. Everything else becomes an RGB JPEG of quality 95 without chroma
 subsampling, showing what PIL and ImageOps.exif_transpose see. The manifest counts conversions by their reason, each
 image once, under the first that applies:
 
-    16-bit       grey with 16 bits, in any format: scaled to 8 bits
+    16-bit       gray with 16 bits, in any format: scaled to 8 bits
     png, ...     the format, when it is not JPEG: png, webp, tiff, bmp, ppm, ...
-    cmyk         a JPEG with four colours
+    cmyk         a JPEG with four colors
     rotated      a JPEG whose EXIF orientation is not upright
     oversize     a JPEG larger than `max_side`
     refused      a JPEG that PIL reads and the decoder of training refuses
@@ -40,7 +40,7 @@ ORIENTATION = 0x0112
 JPEG_QUALITY = 95
 
 
-class Encoded(NamedTuple):
+class Converted(NamedTuple):
     """A JPEG as it goes into the file, with its size; `reason` says why it is not the source's bytes, None if it is."""
 
     jpeg: bytes
@@ -100,19 +100,19 @@ def pack(recipe: PackRecipe) -> PackManifest:
     return manifest
 
 
-def encode(data: bytes, max_side: int | None) -> Encoded:
+def encode(data: bytes, max_side: int | None) -> Converted:
     """An image of any format that PIL reads, as a JPEG that keeps its bytes if it can. Raises BadImage."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             reason = _reason(image, data, max_side)
             if reason is None:
-                return Encoded(data, image.width, image.height, None)
+                return Converted(data, image.width, image.height, None)
             rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         if max_side is not None:
             rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         rgb.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return Encoded(stream.getvalue(), rgb.width, rgb.height, reason)
+        return Converted(stream.getvalue(), rgb.width, rgb.height, reason)
     except Exception as error:  # PIL raises nearly anything on broken files
         raise BadImage(str(error) or type(error).__name__) from None
 
@@ -133,7 +133,7 @@ def _reason(image: Image.Image, data: bytes, max_side: int | None) -> str | None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image with PIL's 16-bit grey samples scaled to 8 bits (PIL would clip them); others as they are.
+    """An image with PIL's 16-bit gray samples scaled to 8 bits (PIL would clip them); others as they are.
 
     Mode I has 32 bits; PIL reads 16-bit PGM and signed TIFF files as such, so that its samples decide.
     """
@@ -148,7 +148,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _images(recipe: PackRecipe, source: Source, log: _Log) -> Iterator[PackedImage]:
-    def read(sample: Sample) -> tuple[Sample, tuple[Encoded, int] | BadImage]:
+    def read(sample: Sample) -> tuple[Sample, tuple[Converted, int] | BadImage]:
         try:
             encoded = encode(sample.read(), recipe.max_side)
             return sample, (encoded, zlib.crc32(encoded.jpeg))

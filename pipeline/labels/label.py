@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.images.manifest import StoreManifest, TeacherRecord, library_versions, text_digest
-from softshard.pipeline.labels.labeler import Labeller, ViewLabels
-from softshard.pipeline.labels.preflight import check_top1, describe_run, describe_teachers, survey
+from softshard.pipeline.labels.labeler import LabeledBatch, Labeler
+from softshard.pipeline.labels.preflight import check_top1, describe_run, describe_teachers, preflight
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.recipes.yaml_file import differences, dump_recipe
 from softshard.pipeline.runtime.errors import DataError
@@ -27,7 +27,7 @@ from softshard.pipeline.store.topk import Codes
 from softshard.pipeline.views.golden import check_probes, make_probes
 from softshard.teachers import Teacher, TeacherError, load_teacher
 
-Unit = tuple[range, int]  # views that are labelled together, and a block
+Unit = tuple[range, int]  # views that are labeled together, and a block
 
 
 def label(recipe: LabelRecipe, views: range | None = None) -> bool:
@@ -40,16 +40,16 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
     """
     started, wanted = time.time(), _wanted(recipe, views)
     accelerator = make_accelerator("label", recipe.precision)
-    labeller, manifest = make_labeller(recipe, accelerator)
+    labeler, manifest = make_labeler(recipe, accelerator)
     main, processes = accelerator.is_main_process, accelerator.num_processes
-    [units] = broadcast_object_list([_prepare(labeller, manifest, wanted, processes) if main else []])
+    [units] = broadcast_object_list([_prepare(labeler, manifest, wanted, processes) if main else []])
     store = open_store(recipe.store)
     share = units[accelerator.process_index :: processes]
     total = sum(len(views) * len(_rows(store, block)) for views, block in share)
     quiet = not accelerator.is_main_process or not share
     bar = tqdm(total=total, desc=f"label {recipe.store}", unit="view", smoothing=0.1, disable=quiet)
     with StopSignal() as stop, bar as progress, ThreadPoolExecutor(1, "write") as writer:
-        finished = label_units(labeller, store, share, stop, _Status(progress).update, writer)
+        finished = label_units(labeler, store, share, stop, _Status(progress).update, writer)
     if finished:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -60,14 +60,14 @@ def label(recipe: LabelRecipe, views: range | None = None) -> bool:
 def estimate(recipe: LabelRecipe, views: range | None = None) -> str:
     """What a run would do, from a few measured batches; nothing is written. Raises DataError as `label` does."""
     wanted, accelerator = _wanted(recipe, views), make_accelerator("label", recipe.precision)
-    labeller, manifest = make_labeller(recipe, accelerator)
-    found = survey(labeller, manifest)
+    labeler, manifest = make_labeler(recipe, accelerator)
+    found = preflight(labeler, manifest)
     check_top1(found, recipe.min_top1)
     run = describe_run(found, manifest, len(wanted), accelerator.num_processes)
     return f"{describe_teachers(found, manifest)}\n{run}"
 
 
-def make_labeller(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labeller, StoreManifest]:
+def make_labeler(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labeler, StoreManifest]:
     """The teachers of a recipe with the images they look at, and the manifest of a store that they make (without
     probes). Raises DataError when they do not fit together."""
     beton = open_beton(recipe.beton)
@@ -79,13 +79,13 @@ def make_labeller(recipe: LabelRecipe, accelerator: Accelerator) -> tuple[Labell
     with accelerator.main_process_first():  # one download serves all processes
         teachers = _load_teachers(recipe)
     manifest = _manifest(recipe, beton, teachers)
-    return Labeller(recipe, beton, teachers, accelerator.device), manifest
+    return Labeler(recipe, beton, teachers, accelerator.device), manifest
 
 
-def open_matching(labeller: Labeller, manifest: StoreManifest) -> Store:
-    """The store of the labeller's recipe. Raises DataError when it was made from other work, naming the first
+def open_matching(labeler: Labeler, manifest: StoreManifest) -> Store:
+    """The store of the labeler's recipe. Raises DataError when it was made from other work, naming the first
     difference, and when views are no longer rendered as they were. It may have fewer views than the recipe."""
-    recipe, beton = labeller.recipe, labeller.beton
+    recipe, beton = labeler.recipe, labeler.beton
     store = open_store(recipe.store)
     wanted, found = (document.model_dump(exclude={"libraries", "probes"}) for document in (manifest, store.manifest))
     if found["views"]["count"] < recipe.views.count:
@@ -105,7 +105,7 @@ def open_matching(labeller: Labeller, manifest: StoreManifest) -> Store:
 
 
 def missing_units(store: Store, views: range) -> list[Unit]:
-    """What is not labelled yet: the views of the template together, where one of them or the template is missing,
+    """What is not labeled yet: the views of the template together, where one of them or the template is missing,
     then view by view."""
     missing = store.digests() == 0
     together = range(store.manifest.template.views) if store.manifest.template else range(0)
@@ -133,23 +133,23 @@ def _wanted(recipe: LabelRecipe, views: range | None) -> range:
     return views
 
 
-def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processes: int) -> list[Unit]:
+def _prepare(labeler: Labeler, manifest: StoreManifest, views: range, processes: int) -> list[Unit]:
     """Make the store, or make room for more views in it, once the teachers have shown what they do; returns what is to
-    be labelled."""
-    recipe = labeller.recipe
-    store = open_matching(labeller, manifest) if store_exists(recipe.store) else None
+    be labeled."""
+    recipe = labeler.recipe
+    store = open_matching(labeler, manifest) if store_exists(recipe.store) else None
     grows = store is not None and store.manifest.views.count < recipe.views.count
     units = missing_units(store, views) if store and not grows else None
     if units is not None and not units:
         return []
-    found = survey(labeller, manifest)
+    found = preflight(labeler, manifest)
     print(describe_teachers(found, manifest))
     check_top1(found, recipe.min_top1)
     if store is None:
-        probes = make_probes(labeller.beton, recipe.views, labeller.sizes[0])
-        whole, beton = manifest.model_copy(update={"probes": probes}), labeller.beton
+        probes = make_probes(labeler.beton, recipe.views, labeler.sizes[0])
+        whole, beton = manifest.model_copy(update={"probes": probes}), labeler.beton
         create_store(recipe.store, whole, beton.keys, beton.crc32, exist_ok=True)
-        store = open_matching(labeller, manifest)  # another launch may have been faster, with another recipe
+        store = open_matching(labeler, manifest)  # another launch may have been faster, with another recipe
     elif grows:
         store.grow(recipe.views.count)
     store.place.write_beside(".recipe.yaml", dump_recipe(recipe).encode())
@@ -161,7 +161,7 @@ def _prepare(labeller: Labeller, manifest: StoreManifest, views: range, processe
     needed, free = found.stored_bytes(manifest, views_left), store.place.free_bytes()
     if free is not None and needed > free:
         raise DataError(
-            f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labelled yet, found "
+            f"{recipe.store}: expected about {needed / 1e6:.0f} MB of free disk for what is not labeled yet, found "
             f"{free / 1e6:.0f} MB; make room, or lower views.count or top_k"
         )
     return units
@@ -173,7 +173,7 @@ class _Status:
     def __init__(self, progress: tqdm) -> None:
         self._progress, self._correct, self._count = progress, 0, 0
 
-    def update(self, views: range, labels: ViewLabels) -> None:
+    def update(self, views: range, labels: LabeledBatch) -> None:
         self._correct += int(labels.correct.sum())
         self._count += len(labels.correct)
         which = str(views.start) if len(views) == 1 else f"{views.start}-{views.stop - 1}"
@@ -182,20 +182,20 @@ class _Status:
 
 
 def label_units(
-    labeller: Labeller,
+    labeler: Labeler,
     store: Store,
     units: Sequence[Unit],
     stop: StopSignal,
-    update: Callable[[range, ViewLabels], None],
+    update: Callable[[range, LabeledBatch], None],
     writer: ThreadPoolExecutor,
 ) -> bool:
-    """Label units one after the other, each written while the next one is labelled; False when a stop signal came."""
+    """Label units one after the other, each written while the next one is labeled; False when a stop signal came."""
     writing: Future[None] | None = None
     for views, block in units:
         if not _is_open(store, views, block):
             continue  # another launch was faster
         rows = _rows(store, block)
-        parts = _parts(labeller, rows, views, _makes_template(store, views), stop, update)
+        parts = _parts(labeler, rows, views, _makes_template(store, views), stop, update)
         if writing:
             writing.result()
         if parts is None:
@@ -207,16 +207,16 @@ def label_units(
 
 
 def _parts(
-    labeller: Labeller,
+    labeler: Labeler,
     rows: np.ndarray,
     views: range,
     template: bool,
     stop: StopSignal,
-    update: Callable[[range, ViewLabels], None],
-) -> list[ViewLabels] | None:
+    update: Callable[[range, LabeledBatch], None],
+) -> list[LabeledBatch] | None:
     """Labels of some views of the rows, in their order; None when a stop signal came."""
     parts = []
-    for part in labeller.labels(rows, np.tile(np.arange(views.start, views.stop), (len(rows), 1)), template):
+    for part in labeler.labels(rows, np.tile(np.arange(views.start, views.stop), (len(rows), 1)), template):
         if stop.received:
             return None
         parts.append(part)
@@ -224,7 +224,7 @@ def _parts(
     return parts
 
 
-def _commit(store: Store, views: range, block: int, parts: Sequence[ViewLabels]) -> None:
+def _commit(store: Store, views: range, block: int, parts: Sequence[LabeledBatch]) -> None:
     templates = [part.template for part in parts if part.template is not None]
     if templates:
         store.write_template(block, np.concatenate(templates))
@@ -241,7 +241,7 @@ def _is_open(store: Store, views: range, block: int) -> bool:
     """Whether something of a unit is still missing."""
     if _makes_template(store, views) and not store.has_template(block):
         return True
-    return not all(store.is_block_labelled(view, block) for view in views)
+    return not all(store.is_block_labeled(view, block) for view in views)
 
 
 def _rows(store: Store, block: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows and views -> pixels -> teachers -> codes: what labelling, its estimate and its verification have in common."""
+"""Rows and views -> pixels -> teachers -> codes: what labeling, its estimate and its verification have in common."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -17,7 +17,7 @@ from softshard.pipeline.views.batch import Batch
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.teachers import Ensemble, Teacher, TeacherError
 
-FEW = 3
+MOST_LISTED = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,7 +31,7 @@ class TeacherOutput(NamedTuple):
     hard: Tensor
 
 
-class ViewLabels(NamedTuple):
+class LabeledBatch(NamedTuple):
     """Of a batch: codes of [B * G] views, image by image; whether each teacher's first class is the hard label, bool
     [B * G]; the tail template of each image over its G views, uint8 [B, C], where it was asked for."""
 
@@ -40,7 +40,7 @@ class ViewLabels(NamedTuple):
     template: NDArray[np.uint8] | None
 
 
-class Labeller:
+class Labeler:
     """The teachers of a recipe on a device, and loaders that render what each of them looks at."""
 
     def __init__(self, recipe: LabelRecipe, beton: Beton, teachers: Sequence[Teacher], device: torch.device) -> None:
@@ -69,7 +69,7 @@ class Labeller:
                 yield self._output(batches, views[start:end])
                 start = end
 
-    def labels(self, rows: NDArray[np.int64], views: NDArray[np.int64], template: bool) -> Iterator[ViewLabels]:
+    def labels(self, rows: NDArray[np.int64], views: NDArray[np.int64], template: bool) -> Iterator[LabeledBatch]:
         """The codes of views [N, G] of the rows. The teacher works on a batch while the codes of the one before are
         fetched from its device.
 
@@ -109,14 +109,14 @@ class Labeller:
             raise DataError(str(error)) from None
         hard = first.labels[:, None].expand(views.shape)
         if first.mixed:
-            hard = torch.where(first.mixed.shares >= 0.5, hard, first.mixed.labels)
+            hard = torch.where(first.mixed.lam >= 0.5, hard, first.mixed.labels)
         return TeacherOutput(first.rows, views, logits.unflatten(0, views.shape), hard)
 
-    def _fetch(self, output: TeacherOutput, finite: Tensor, encoded: Encoded, shapes: Tensor | None) -> ViewLabels:
+    def _fetch(self, output: TeacherOutput, finite: Tensor, encoded: Encoded, shapes: Tensor | None) -> LabeledBatch:
         self._check_finite(output, finite)
         codes = to_codes(encoded, output.logits.shape[-1])
         correct = codes.index[:, 0] == output.hard.flatten().cpu().numpy()
-        return ViewLabels(codes, correct, None if shapes is None else shapes.cpu().numpy())
+        return LabeledBatch(codes, correct, None if shapes is None else shapes.cpu().numpy())
 
     def _check_finite(self, output: TeacherOutput, finite: Tensor) -> None:
         bad = ~finite.cpu().numpy().reshape(output.views.shape)
@@ -124,5 +124,5 @@ class Labeller:
             keys = [self.beton.manifest.keys[row] for row in output.rows[bad.any(axis=1)]]
             raise DataError(
                 f"teachers: expected finite logits, found NaN or infinity for {len(keys)} images, such as "
-                f"view {output.views[bad][0]} of {', '.join(keys[:FEW])}; check the weights and the precision"
+                f"view {output.views[bad][0]} of {', '.join(keys[:MOST_LISTED])}; check the weights and the precision"
             )

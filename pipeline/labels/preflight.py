@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softshard.pipeline.images.manifest import StoreManifest
-from softshard.pipeline.labels.labeler import Labeller, ViewLabels
+from softshard.pipeline.labels.labeler import LabeledBatch, Labeler
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.store.store import code_arrays
 from softshard.pipeline.store.topk import Codes, decode
@@ -20,7 +20,7 @@ FILES_A_BLOCK = 4
 
 
 @dataclass(frozen=True)
-class Survey:
+class Preflight:
     """top1: percent of hard labels; confidence: mean probability of the first class; tail: mean mass outside the top
     k; bytes as they are stored; `seconds` each view of an image took one process."""
 
@@ -39,15 +39,15 @@ class Survey:
         return int(content) + blocks * FILES_A_BLOCK * FILE_BYTES
 
 
-def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
+def preflight(labeler: Labeler, manifest: StoreManifest) -> Preflight:
     """Label one view of up to IMAGES images, evenly spaced in the file."""
-    total, recipe = len(labeller.beton), labeller.recipe
+    total, recipe = len(labeler.beton), labeler.recipe
     count = min(IMAGES, total)
     rows, views = np.arange(count) * total // count, np.arange(count)[:, None] % recipe.views.count
     warm = min(recipe.batch_size, count // 2)  # the first batch waits for the decoder, and for what a device prepares
-    parts = _labels(labeller, rows[:warm], views[:warm])
+    parts = _labels(labeler, rows[:warm], views[:warm])
     started = time.perf_counter()
-    parts += _labels(labeller, rows[warm:], views[warm:])
+    parts += _labels(labeler, rows[warm:], views[warm:])
     seconds = (time.perf_counter() - started) / (count - warm)
     codes = Codes.concatenate([part.codes for part in parts])
     soft = decode(*codes.tensors(), recipe.classes, 1.0)
@@ -57,7 +57,7 @@ def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
     one_block = {"samples": count, "block_rows": count, "views": recipe.views.model_copy(update={"count": 1})}
     stored = compressed_bytes(manifest.model_copy(update=one_block), arrays)
     template_bytes = stored.pop("tail_template", 0) / count
-    return Survey(
+    return Preflight(
         images=count,
         top1=100 * float(np.concatenate([part.correct for part in parts]).mean()),
         confidence=float(soft.probability[:, 0].mean()),
@@ -68,11 +68,11 @@ def survey(labeller: Labeller, manifest: StoreManifest) -> Survey:
     )
 
 
-def _labels(labeller: Labeller, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[ViewLabels]:
-    return list(labeller.labels(rows, views, labeller.recipe.template is not None)) if len(rows) else []
+def _labels(labeler: Labeler, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[LabeledBatch]:
+    return list(labeler.labels(rows, views, labeler.recipe.template is not None)) if len(rows) else []
 
 
-def check_top1(found: Survey, minimum: float | None) -> None:
+def check_top1(found: Preflight, minimum: float | None) -> None:
     """Raises DataError when the teachers are not as good as the recipe asks for."""
     if minimum is not None and found.top1 < minimum:
         raise DataError(
@@ -81,22 +81,22 @@ def check_top1(found: Survey, minimum: float | None) -> None:
         )
 
 
-def describe_teachers(found: Survey, manifest: StoreManifest) -> str:
-    """One line: what the teachers do on these views, beside what is published for the centre of ImageNet's images."""
+def describe_teachers(found: Preflight, manifest: StoreManifest) -> str:
+    """One line: what the teachers do on these views, beside what is published for the center of ImageNet's images."""
     published = [
         f"{PUBLISHED[teacher.model].name} {PUBLISHED[teacher.model].top1:.1f} %"
         for teacher in manifest.teachers
         if teacher.library == "timm" and teacher.model in PUBLISHED
     ]
-    known = f" (published for ImageNet's centre views: {', '.join(published)})" if published else ""
+    known = f" (published for ImageNet's center views: {', '.join(published)})" if published else ""
     return (
         f"teachers: top-1 {found.top1:.1f} % on {found.images} views{known}, mean confidence {found.confidence:.2f}, "
         f"{100 * found.tail:.1f} % of the mass outside the top {manifest.top_k}"
     )
 
 
-def describe_run(found: Survey, manifest: StoreManifest, views: int, processes: int) -> str:
-    """One line: time and bytes of labelling some views of all images."""
+def describe_run(found: Preflight, manifest: StoreManifest, views: int, processes: int) -> str:
+    """One line: time and bytes of labeling some views of all images."""
     total = manifest.samples * views
     template = f", template {found.template_bytes:.0f} bytes an image" if manifest.template else ""
     return (

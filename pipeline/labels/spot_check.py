@@ -5,8 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.pipeline.labels.label import make_labeller, open_matching
-from softshard.pipeline.labels.labeler import Labeller
+from softshard.pipeline.labels.label import make_labeler, open_matching
+from softshard.pipeline.labels.labeler import Labeler
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.launch import make_accelerator
@@ -19,29 +19,29 @@ HALF_STEP = 1 / (2 * STEPS_PER_NAT)
 TOLERANCE = {"bf16": 0.25, "fp16": 0.05, "float32": 0.01}
 
 
-def relabel(recipe: LabelRecipe, sample: int, seed: int) -> Report:
-    """Render and label `sample` random labelled views again, and the tail templates of as many images as make `sample`
+def spot_check(recipe: LabelRecipe, sample: int, seed: int) -> Report:
+    """Render and label `sample` random labeled views again, and the tail templates of as many images as make `sample`
     views. Raises DataError when the store is not the recipe's, or holds no labels."""
     accelerator = make_accelerator("verify", recipe.precision)
-    labeller, manifest = make_labeller(recipe, accelerator)
-    store = open_matching(labeller, manifest)
+    labeler, manifest = make_labeler(recipe, accelerator)
+    store = open_matching(labeler, manifest)
     rng = np.random.default_rng(seed)
     rows, views = _choose(store, sample, rng)
     problems, largest, done = [], 0.0, 0
-    for output in labeller.outputs(rows, views[:, None]):
+    for output in labeler.outputs(rows, views[:, None]):
         part = slice(done, done + len(output.rows))
         done = part.stop
         differences = codes_differences(output.logits[:, 0].double().cpu(), _stored(store, rows[part], views[part]))
         largest = max(largest, float(differences.max()))
         for row, view, difference in zip(rows[part], views[part], differences.tolist(), strict=True):
             if not difference <= TOLERANCE[recipe.precision]:
-                key = labeller.beton.manifest.keys[row]
+                key = labeler.beton.manifest.keys[row]
                 problems.append(
                     f"{store.name}: view {view} of {key}: expected the stored labels, found others, "
                     f"{difference:.3f} nat off; label again"
                 )
-    template = _template_problems(labeller, store, rng, sample) if store.manifest.template else []
-    return Report(f"{sample} views labelled again, {largest:.4f} nat off at most", problems + template)
+    template = _template_problems(labeler, store, rng, sample) if store.manifest.template else []
+    return Report(f"{sample} views labeled again, {largest:.4f} nat off at most", problems + template)
 
 
 def codes_differences(logits: Tensor, codes: Codes) -> Tensor:
@@ -70,10 +70,10 @@ def codes_differences(logits: Tensor, codes: Codes) -> Tensor:
 
 
 def _choose(store: Store, sample: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and view numbers of random labelled views, [sample] each."""
+    """Rows and view numbers of random labeled views, [sample] each."""
     views, blocks = np.nonzero(store.digests())
     if not len(views):
-        raise DataError(f"{store.name}: expected labelled blocks to sample from, found none; label first")
+        raise DataError(f"{store.name}: expected labeled blocks to sample from, found none; label first")
     sizes = np.array([store.rows(int(block)).stop - store.rows(int(block)).start for block in blocks])
     chosen = np.sort(rng.choice(len(views), sample, p=sizes / sizes.sum()))
     rows = blocks[chosen] * store.manifest.block_rows + rng.integers(0, sizes[chosen])
@@ -85,7 +85,7 @@ def _stored(store: Store, rows: NDArray[np.int64], views: NDArray[np.int64]) -> 
     return Codes.concatenate([store.read_rows(int(view), rows[views == view]) for view in np.unique(views)])
 
 
-def _template_problems(labeller: Labeller, store: Store, rng: np.random.Generator, sample: int) -> list[str]:
+def _template_problems(labeler: Labeler, store: Store, rng: np.random.Generator, sample: int) -> list[str]:
     """Templates may differ by one step, where the mean lies between two."""
     count = store.manifest.template.views if store.manifest.template else 0
     blocks = np.flatnonzero(store.template_digests())
@@ -95,10 +95,10 @@ def _template_problems(labeller: Labeller, store: Store, rng: np.random.Generato
     span = store.rows(block)
     chosen = rng.integers(0, span.stop - span.start, max(1, sample // count))
     stored, rows = store.read_template(block)[chosen], chosen + span.start
-    parts = labeller.labels(rows, np.tile(np.arange(count), (len(rows), 1)), template=True)
+    parts = labeler.labels(rows, np.tile(np.arange(count), (len(rows), 1)), template=True)
     found = np.concatenate([part.template for part in parts if part.template is not None])
     off = np.abs(found.astype(int) - stored).max(axis=1)
-    keys = [labeller.beton.manifest.keys[row] for row in rows]
+    keys = [labeler.beton.manifest.keys[row] for row in rows]
     return [
         f"{store.name}: tail template of {key}: expected the stored one, found another, {steps / 2:g} nat off; "
         "label again"

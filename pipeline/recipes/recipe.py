@@ -65,7 +65,7 @@ class TrivialAugmentRecipe(Model):
 
 
 class ThreeAugmentRecipe(Model):
-    """DeiT III: grey, solarise or blur, then colour jitter of strength `jitter`."""
+    """DeiT III: gray, solarise or blur, then color jitter of strength `jitter`."""
 
     jitter: Fraction = 0.3
     """Strength of the color jitter."""

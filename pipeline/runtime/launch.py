@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from softshard.pipeline.runtime.errors import DataError
 
 # What Accelerate's launcher sets for models that are spread over devices, and its options.
-PARTED = {
+MODEL_PARALLEL_OPTIONS = {
     "ACCELERATE_USE_FSDP": "--use_fsdp",
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
@@ -55,14 +55,14 @@ def _check_launcher(stage: str, precision: str) -> None:
             f"{stage}: expected no --dynamo_backend, because results depend on it, found {compiler}; "
             "set `compile: true` in the recipe"
         )
-    for name, option in PARTED.items():
+    for name, option in MODEL_PARALLEL_OPTIONS.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise DataError(
                 f"{stage}: expected a whole model on each device, found {option}; start it without, with --multi_gpu"
             )
 
 
-class Agreement:
+class CollectiveFlags:
     """What any of the processes asks for, known to all of them after the same step.
 
     The question of a step travels while the next one is computed, over gloo and never through the accelerator's queue,

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-AHEAD = 16  # results waiting for each thread
+RESULTS_PER_THREAD = 16  # results waiting for each thread
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -22,7 +22,7 @@ def in_order(
     """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        results = _submit(pool, function, items, AHEAD * threads)
+        results = _submit(pool, function, items, RESULTS_PER_THREAD * threads)
         yield from tqdm(results, title, count, unit=unit, mininterval=0.5)
 
 

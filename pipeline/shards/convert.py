@@ -47,7 +47,7 @@ def convert(source: str, target: str, images: Path | None, shard_samples: int) -
 
     source: a store (a path or an address) or a folder of shards; images: a .beton whose images go into the shards;
     shard_samples: samples in each tar. A store that an interrupted conversion left is continued. Raises DataError for
-    a store that is not fully labelled, images that are not those of the labels, names that WebDataset cannot split
+    a store that is not fully labeled, images that are not those of the labels, names that WebDataset cannot split
     and a target in use; FormatError for damage.
     """
     if not is_shards(source):
@@ -89,7 +89,7 @@ def _to_shards(store: Store, target: str, images: Path | None, shard_samples: in
     if shard_samples < 1:
         raise DataError(f"--shard-samples: expected at least 1, found {shard_samples}; correct it")
     folder, count = _free_folder(target), store.manifest.samples
-    _check_labelled(store)
+    _check_labeled(store)
     samples = _with_images(store, images) if images else _alone(store)
     bar = tqdm(samples, f"convert {store.name}", count, unit="img", mininterval=0.5)
     manifest, total = _write_shards(folder, store.manifest, bar, shard_samples, images is not None)
@@ -109,19 +109,18 @@ def _free_folder(target: str) -> Path:
     return folder
 
 
-def _check_labelled(store: Store) -> None:
+def _check_labeled(store: Store) -> None:
     coverage, blocks = store.coverage(), store.blocks
     missing = np.flatnonzero(coverage < blocks)
     if len(missing):
         found = few([f"view {view} with {coverage[view]} of {blocks} blocks" for view in missing])
         raise DataError(
-            f"{store.name}: expected all {len(coverage)} views labelled, found {found}; finish labelling first"
+            f"{store.name}: expected all {len(coverage)} views labeled, found {found}; finish labeling first"
         )
     templates = np.count_nonzero(store.template_digests()) if store.manifest.template else blocks
     if templates < blocks:
         raise DataError(
-            f"{store.name}: expected the tail template of all {blocks} blocks, found {templates}; "
-            "finish labelling first"
+            f"{store.name}: expected the tail template of all {blocks} blocks, found {templates}; finish labeling first"
         )
 
 

@@ -43,12 +43,12 @@ def rows_of(store: Store, beton: Beton) -> NDArray[np.int64]:
         raise DataError(f"{beton.path}: expected the class list of {store.name}, found another; give its own .beton")
     rows = match_keys(beton.keys, store.keys)
     known = rows >= 0
-    missing, unlabelled = int((~known).sum()), len(beton) - int(known.sum())
+    missing, unlabeled = int((~known).sum()), len(beton) - int(known.sum())
     changed = int((beton.crc32[rows] != store.crc32)[known].sum())
-    if missing or unlabelled or changed:
+    if missing or unlabeled or changed:
         raise DataError(
             f"{beton.path}: expected just the {len(store.keys)} images that {store.name} labels, found {missing} "
-            f"missing, {unlabelled} without labels, {changed} with other content; give the .beton it was made from"
+            f"missing, {unlabeled} without labels, {changed} with other content; give the .beton it was made from"
         )
     return rows
 

@@ -1,7 +1,7 @@
 """Stores: the soft labels of all views of a data set, with everything needed to trust and to join them.
 
 A block, one view of `block_rows` rows, is the unit of work, of commit and of resume. Its codes are written first and
-its digest last, so a block counts as labelled only when it is whole; the digest also covers the block's place. Blocks
+its digest last, so a block counts as labeled only when it is whole; the digest also covers the block's place. Blocks
 are chunks: any number of processes may write to one store as long as no two write the same block. Rows are joined to
 images by key digest, never by position. The format is described in FORMAT.md.
 """
@@ -47,7 +47,7 @@ class Store:
         return slice(first, min(first + self.manifest.block_rows, self.manifest.samples))
 
     def digests(self) -> NDArray[np.uint64]:
-        """The digest of each block, [V, blocks]; 0: not labelled yet. Raises FormatError for a corrupt one."""
+        """The digest of each block, [V, blocks]; 0: not labeled yet. Raises FormatError for a corrupt one."""
         return self._digests(range(self.manifest.views.count))
 
     def template_digests(self) -> NDArray[np.uint64]:
@@ -55,22 +55,22 @@ class Store:
         return self._every("template_digest", (slice(None),), self._template_digest, product(range(self.blocks)))
 
     def coverage(self) -> NDArray[np.int64]:
-        """How many blocks of each view are labelled, [V], from the names of their digests, in a twentieth of the time
+        """How many blocks of each view are labeled, [V], from the names of their digests, in a twentieth of the time
         that reading them takes. Damage is noticed where a block is read."""
         views = [view for view, block in self._group.chunks("block_digest") if block < self.blocks]
         return np.bincount(np.array(views, np.int64), minlength=self.manifest.views.count)[: self.manifest.views.count]
 
-    def is_block_labelled(self, view: int, block: int) -> bool:
+    def is_block_labeled(self, view: int, block: int) -> bool:
         return self._digest(view, block) != 0
 
     def has_template(self, block: int) -> bool:
         return self._template_digest(block) != 0
 
     def write_block(self, view: int, block: int, codes: Codes) -> None:
-        """Commit the codes of one block; it is labelled once this returns. A block that has the same codes already is
+        """Commit the codes of one block; it is labeled once this returns. A block that has the same codes already is
         left as it is.
 
-        Raises DataError when it has others, and when the disk is full or refuses; it then still counts as not labelled.
+        Raises DataError when it has others, and when the disk is full or refuses; it then still counts as not labeled.
         """
         place, k, classes = self._place(view, block), self.manifest.top_k, self.manifest.classes
         n = place[1].stop - place[1].start
@@ -97,12 +97,12 @@ class Store:
     def read_block(self, view: int, block: int) -> Codes:
         """The codes of one block, verified.
 
-        Raises DataError when the block is not labelled, FormatError when its chunks are corrupt, missing or another
+        Raises DataError when the block is not labeled, FormatError when its chunks are corrupt, missing or another
         block's, or hold an index that is no class.
         """
         expected = self._digest(view, block)
         if expected == 0:
-            raise DataError(f"{self._where(view, block)}: expected soft labels, found none yet; finish labelling first")
+            raise DataError(f"{self._where(view, block)}: expected soft labels, found none yet; finish labeling first")
         codes = self._read_codes(self._place(view, block), self._where(view, block), self._remedy(view, block))
         self._check(view, block, codes, expected)
         return codes
@@ -114,8 +114,8 @@ class Store:
         done = np.count_nonzero(digests)
         if done < self.blocks:
             raise DataError(
-                f"{self.name}: view {view}: expected all {self.blocks} blocks labelled, found {done}; "
-                "finish labelling first"
+                f"{self.name}: view {view}: expected all {self.blocks} blocks labeled, found {done}; "
+                "finish labeling first"
             )
         try:  # one array at a time, which needs no second copy of the codes
             codes = self._read_codes((view, slice(None)), self.name, "label again")
@@ -157,7 +157,7 @@ class Store:
             self._template_digest(block),
         )
         if expected == 0:
-            raise DataError(f"{where}: expected a template, found none yet; finish labelling first")
+            raise DataError(f"{where}: expected a template, found none yet; finish labeling first")
         template = self._group.read("tail_template", (self.rows(block), slice(None)), where, remedy)
         found = template_digest(block, template)
         if found != expected:
@@ -177,13 +177,13 @@ class Store:
         return {name: self._group.stored_bytes(name) for name in CODE_ARRAYS + template}
 
     def bytes_per_view(self, digests: NDArray[np.uint64] | None = None) -> float:
-        """Bytes stored for the codes of one labelled view of one image, on average, without its template. `digests`:
+        """Bytes stored for the codes of one labeled view of one image, on average, without its template. `digests`:
         those of all blocks, where they have been read already, which takes seconds for a large store."""
         digests = self.digests() if digests is None else digests
         rows = [self.rows(block) for block in range(self.blocks)]
-        labelled = int(np.count_nonzero(digests, axis=0) @ [part.stop - part.start for part in rows])
+        labeled = int(np.count_nonzero(digests, axis=0) @ [part.stop - part.start for part in rows])
         stored = self.stored_bytes()
-        return sum(stored[name] for name in CODE_ARRAYS) / max(1, labelled)
+        return sum(stored[name] for name in CODE_ARRAYS) / max(1, labeled)
 
     def _read_codes(self, place: tuple[int, slice], where: str, remedy: str) -> Codes:
         index, tail = (self._group.read(name, place, where, remedy) for name in ("topk_index", "tail"))
@@ -205,7 +205,7 @@ class Store:
         """Whether there is something to write. Two writers of one block are harmless when they agree."""
         if found not in (0, digest):
             raise DataError(
-                f"{where}: expected it not labelled yet, or with these labels, found another process's; "
+                f"{where}: expected it not labeled yet, or with these labels, found another process's; "
                 "they were kept: give each launch views of its own with --views"
             )
         return found == 0
@@ -263,7 +263,7 @@ def create_store(
     crc32: NDArray[np.uint32],
     exist_ok: bool = False,
 ) -> Store:
-    """A new store with nothing labelled: whole under its name, or not there.
+    """A new store with nothing labeled: whole under its name, or not there.
 
     location: a path, s3://bucket/path or gs://bucket/path; keys uint64 [N] and crc32 uint32 [N] of the packed images,
     in row order. When another process makes one there at the same time, the first one counts and is opened; with
@@ -279,7 +279,7 @@ def create_store(
 
 
 def open_store(location: str | Path) -> Store:
-    """Open a store at a path, s3://bucket/path or gs://bucket/path, for reading and for labelling; nothing is written.
+    """Open a store at a path, s3://bucket/path or gs://bucket/path, for reading and for labeling; nothing is written.
 
     Raises DataError when nothing is there or it cannot be reached, FormatError for what is no store, a store of another
     version, a damaged manifest, arrays that are missing or not what the manifest says, and corrupt keys or checksums.
@@ -298,7 +298,7 @@ def code_arrays(codes: Codes) -> dict[str, NDArray[Any]]:
 
 
 def block_digest(view: int, block: int, codes: Codes) -> int:
-    """BLAKE2b, 8 bytes, over a block's place and content; never 0, which means not labelled."""
+    """BLAKE2b, 8 bytes, over a block's place and content; never 0, which means not labeled."""
     return array_digest(np.array([view, block], np.uint64), codes.index, codes.gap, codes.tail)
 
 

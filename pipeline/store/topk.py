@@ -1,7 +1,7 @@
 """Soft labels as a few bytes: the classes a teacher finds most probable, their log-probability gaps, the tail mass.
 
 A teacher's output for one view is kept without a temperature: the k most probable classes in descending order
-(index), the differences between neighbouring log-probabilities in steps of 1/16 nat (gap), and the mass of all other
+(index), the differences between neighboring log-probabilities in steps of 1/16 nat (gap), and the mass of all other
 classes relative to the first one (tail). The first probability needs no storage, because everything sums to one.
 `decode` gives the distribution at any temperature. How the tail mass lies on its classes is not kept for each view; a
 tail template, one for each image, says it for all of its views: the mean log-probability of every class over a few of
@@ -35,7 +35,7 @@ class Codes:
     """Encoded soft labels of any number of rows; k is the last axis of `index`.
 
     index: uint16 [..., k] (uint32 above 65534 classes), most probable first
-    gap:   uint8 [..., k - 1], steps of 1/16 nat between neighbours, saturating at 255
+    gap:   uint8 [..., k - 1], steps of 1/16 nat between neighbors, saturating at 255
     tail:  uint8 [...], round(16 * (log tail mass - lp_1)) + 176, saturating; 0 when k is the number of classes
     """
 
@@ -98,13 +98,14 @@ class SoftLabels(NamedTuple):
     index:       int64 [B, k], classes
     probability: float32 [B, k]
     tail:        float32 [B], mass of the other C - k classes together; exactly 0 when k = C
-    tail_share:  float32 [B, C], how the tail mass lies on the classes (0 for the top k); None: on all C - k alike
+    tail_distribution: float32 [B, C], how the tail mass lies on the classes (0 for the top k); None: on all C - k
+        alike
     """
 
     index: Tensor
     probability: Tensor
     tail: Tensor
-    tail_share: Tensor | None = None
+    tail_distribution: Tensor | None = None
 
 
 def index_dtype(classes: int) -> np.dtype[Any]:

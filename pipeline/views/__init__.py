@@ -5,7 +5,7 @@
     geometry    crop and flip
     policies    which operations, and how strong
     mixing      what is erased, and what is mixed in
-    resize, colour, spatial    the arithmetic on pixels
+    resize, color, spatial    the arithmetic on pixels
     render      all of it in one pass
 
 Parameters use integers, IEEE square roots and rounded tables; pixels use integers, or doubles whose every operation is

@@ -1,4 +1,4 @@
-"""What the loader hands to labelling and training; known without FFCV, which makes it."""
+"""What the loader hands to labeling and training; known without FFCV, which makes it."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class Mixed(NamedTuple):
-    """labels: int64, those of the images that were mixed in; shares: float32, what is left of the images themselves
+    """labels: int64, those of the images that were mixed in; lam: float32, what is left of the images themselves
     (1 where nothing was mixed in). Both are [B] or [B, G], on the loader's device."""
 
     labels: Tensor
-    shares: Tensor
+    lam: Tensor
 
 
 class Batch(NamedTuple):

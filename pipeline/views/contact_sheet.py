@@ -17,7 +17,7 @@ from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.recipes.recipe import LabelRecipe, ViewRecipe
 from softshard.pipeline.runtime.errors import DataError, RecipeError
 from softshard.pipeline.runtime.files import atomic_path
-from softshard.pipeline.views.describe import Explanation, explain, in_words
+from softshard.pipeline.views.describe import ViewDescription, describe_view, in_words
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.pipeline.views.parameters import view_parameters
 
@@ -32,19 +32,19 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 class Tile(NamedTuple):
-    """A view: number, pixels (uint8 [S, S, 3]), what it is made of, the share of the image itself, and words for it."""
+    """A view: number, pixels (uint8 [S, S, 3]), what it is made of, the lam of the image itself, and words for it."""
 
     view: int
     pixels: NDArray[np.uint8]
-    explanation: Explanation
-    share: float
+    explanation: ViewDescription
+    lam: float
     words: list[str]
 
 
 class Line(NamedTuple):
     text: str
     font: Font
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     indent: int = 0
 
 
@@ -128,11 +128,11 @@ def render_tiles(
     tiles = []
     for batch in loader.render(np.array(rows), np.tile(numbers, (len(rows), 1))):
         [row], [pictures] = batch.rows.tolist(), batch.images.permute(0, 1, 3, 4, 2).numpy().copy()
-        shares = batch.mixed.shares[0].tolist() if batch.mixed else [1.0] * len(numbers)
+        lams = batch.mixed.lam[0].tolist() if batch.mixed else [1.0] * len(numbers)
         tiles.append([])
-        for view, pixels, share in zip(numbers.tolist(), pictures, shares, strict=True):
-            explanation = explain(beton, parameters, row, view, size)
-            tiles[-1].append(Tile(view, pixels, explanation, share, in_words(explanation, beton, row, share)))
+        for view, pixels, lam in zip(numbers.tolist(), pictures, lams, strict=True):
+            explanation = describe_view(beton, parameters, row, view, size)
+            tiles[-1].append(Tile(view, pixels, explanation, lam, in_words(explanation, beton, row, lam)))
     return tiles
 
 
@@ -209,5 +209,5 @@ def _line_height(font: Font) -> int:
 
 def _write(canvas: ImageDraw.ImageDraw, lines: Sequence[Line], x: int, y: int) -> None:
     for line in lines:
-        canvas.text((x + line.indent, y), line.text, line.colour, line.font)
+        canvas.text((x + line.indent, y), line.text, line.color, line.font)
         y += _line_height(line.font)

@@ -25,9 +25,9 @@ class Box(NamedTuple):
         return f"{self.width}x{self.height} at {self.left},{self.top}"
 
 
-class Explanation(NamedTuple):
+class ViewDescription(NamedTuple):
     """All that decides the pixels of a view. `crop` is in pixels of the image, `erased` (filled with noise or with the
-    mean colour) and `cut` in pixels of the view; operations have the arguments that their kernels take. `kind`, `cut`
+    mean color) and `cut` in pixels of the view; operations have the arguments that their kernels take. `kind`, `cut`
     and `partner`, a row or -1, belong to mixing."""
 
     crop: Box
@@ -41,14 +41,14 @@ class Explanation(NamedTuple):
     partner: int
 
 
-def explain(beton: Beton, p: ViewParameters, row: int, view: int, size: int) -> Explanation:
+def describe_view(beton: Beton, p: ViewParameters, row: int, view: int, size: int) -> ViewDescription:
     key, height, width = beton.keys[row], beton.heights[row], beton.widths[row]
     plan, erased = np.zeros((policies.PLAN_LENGTH, 2), np.int64), np.zeros((int(p.erase_count), 4), np.int64)
     geometry, scale, operations, boxes, kind, cut = _decide(
         p, key, np.int64(view), height, width, np.int64(size), plan, erased
     )
     partners = find_partners(p, beton.keys[row : row + 1], beton.key_order, np.array([[view]], np.int64))
-    return Explanation(
+    return ViewDescription(
         crop=Box(*(int(number) for number in geometry[:4])),
         flip=bool(geometry[4]),
         denominator=int(scale),
@@ -72,7 +72,7 @@ def _keyed(sources: str):
         for number in range(boxes):
             erased[number] = mixing.erase_box(p, state, number, size)
         kind = mixing.mix_kind(p, state)
-        cut = mixing.cut_box(state, mixing.mix_share(p, state, kind), size)
+        cut = mixing.cut_box(state, mixing.mix_lam(p, state, kind), size)
         return geometry, denominator(p, geometry[2], geometry[3], size), operations, boxes, kind, cut
 
     return decide
@@ -81,8 +81,8 @@ def _keyed(sources: str):
 _decide = _keyed(sources_digest())
 
 
-def in_words(explanation: Explanation, beton: Beton, row: int, share: float) -> list[str]:
-    """A line for each thing that was done to a view, in the order of the work. `share` is what is left of the image
+def in_words(explanation: ViewDescription, beton: Beton, row: int, lam: float) -> list[str]:
+    """A line for each thing that was done to a view, in the order of the work. `lam` is what is left of the image
     itself where another is mixed in."""
     crop, image = explanation.crop, int(beton.heights[row] * beton.widths[row])
     lines = [f"crop {crop} ({crop.height * crop.width / image:.0%})"]
@@ -91,19 +91,19 @@ def in_words(explanation: Explanation, beton: Beton, row: int, share: float) -> 
     if explanation.flip:
         lines.append("flipped")
     lines += [operation_in_words(*operation) for operation in explanation.operations]
-    filling = "noise" if explanation.noise else "mean colour"
+    filling = "noise" if explanation.noise else "mean color"
     lines += [f"erased {box}, {filling}" for box in explanation.erased]
     if explanation.partner >= 0:
-        lines.append(_mixing_in_words(explanation, beton, row, share))
+        lines.append(_mixing_in_words(explanation, beton, row, lam))
     return lines
 
 
-def _mixing_in_words(explanation: Explanation, beton: Beton, row: int, share: float) -> str:
+def _mixing_in_words(explanation: ViewDescription, beton: Beton, row: int, lam: float) -> str:
     kind = "mixup" if explanation.kind == mixing.MIXUP else "cutmix"
     if explanation.partner == row:
         return f"{kind} with itself"
-    part = f"{1 - share:.0%}" if explanation.kind == mixing.MIXUP else str(explanation.cut)
-    return f"{kind}: {share:.0%} of itself, {part} of {beton.manifest.keys[explanation.partner]}"
+    part = f"{1 - lam:.0%}" if explanation.kind == mixing.MIXUP else str(explanation.cut)
+    return f"{kind}: {lam:.0%} of itself, {part} of {beton.manifest.keys[explanation.partner]}"
 
 
 def operation_in_words(operation: int, argument: int) -> str:

@@ -8,21 +8,21 @@ import numpy as np
 from softshard.pipeline.views.kernels.jit import compiled
 from softshard.pipeline.views.kernels.rng import ASPECTS, ONE, draw_below, stream
 
-CENTRE = -1  # the view number of the centre crop that validation uses: no draws
+CENTER = -1  # the view number of the center crop that validation uses: no draws
 CROP_TRIES = 10
 FLIP_WORD = 64
 
 
 @compiled
-def centre_box(height, width, fraction):
-    """(top, left, height, width) of the centre square whose side is `fraction` / ONE of the shorter side."""
+def center_box(height, width, fraction):
+    """(top, left, height, width) of the center square whose side is `fraction` / ONE of the shorter side."""
     side = max(np.int64(1), (min(height, width) * fraction + ONE // 2) // ONE)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 @compiled
 def crop_box(state, height, width, p):
-    """(top, left, height, width) of a random resized crop: area and log aspect uniform, ten tries, then the centre
+    """(top, left, height, width) of a random resized crop: area and log aspect uniform, ten tries, then the center
     crop nearest to the allowed aspects (torchvision.transforms.RandomResizedCrop)."""
     for attempt in range(CROP_TRIES):
         scale = p.scale_low + draw_below(state, 4 * attempt, p.scale_high - p.scale_low + 1)
@@ -43,8 +43,8 @@ def crop_box(state, height, width, p):
 @compiled
 def view_geometry(p, key, view, height, width):
     """(top, left, height, width, flip) of a view of an image of `height` x `width` pixels."""
-    if view == CENTRE:
-        return (*centre_box(height, width, p.centre), False)
+    if view == CENTER:
+        return (*center_box(height, width, p.center), False)
     state = stream(p.seed, key, view)
-    box = crop_box(state, height, width, p) if p.random_crop else centre_box(height, width, ONE)
+    box = crop_box(state, height, width, p) if p.random_crop else center_box(height, width, ONE)
     return (*box, draw_below(state, FLIP_WORD, ONE) < p.flip)

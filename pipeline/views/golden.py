@@ -1,4 +1,4 @@
-"""Golden probes: a few rendered views in a store's manifest, to notice that pixels are no longer what was labelled.
+"""Golden probes: a few rendered views in a store's manifest, to notice that pixels are no longer what was labeled.
 
 Everything about a view is fixed in this package but for the JPEG decoder, which is the system's.
 """
@@ -51,7 +51,7 @@ def check_probes(beton: Beton, manifest: StoreManifest, where: str) -> None:
     if not probes:
         warnings.warn(
             f"{where}: expected some of its {len(manifest.probes)} golden probes among the images of {beton.path}, "
-            "found none; whether pixels are those that were labelled is not checked",
+            "found none; whether pixels are those that were labeled is not checked",
             stacklevel=2,
         )
         return
@@ -63,12 +63,12 @@ def check_probes(beton: Beton, manifest: StoreManifest, where: str) -> None:
         return
     mean = float(np.mean([np.abs(_thumbnail(pixels).astype(int) - _recorded(probe)).mean() for probe, pixels in pairs]))
     message = (
-        f"{where}: expected the pixels that were labelled, found others in {len(changed)} of {len(probes)} golden "
+        f"{where}: expected the pixels that were labeled, found others in {len(changed)} of {len(probes)} golden "
         f"probes, such as view {changed[0].view} of {changed[0].key}; they differ by {mean:.3f} of 255 on average; "
         f"{_libraries(manifest)}"
     )
     if mean >= LARGEST_DIFFERENCE:
-        raise DataError(f"{message}; use the libraries that labelled it, or label again")
+        raise DataError(f"{message}; use the libraries that labeled it, or label again")
     warnings.warn(message, stacklevel=2)
 
 

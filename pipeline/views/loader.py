@@ -35,7 +35,7 @@ from softshard.pipeline.recipes.recipe import ViewRecipe
 from softshard.pipeline.runtime.errors import DataError, RecipeError
 from softshard.pipeline.views.batch import Batch, Mixed
 from softshard.pipeline.views.kernels.rng import ONE
-from softshard.pipeline.views.parameters import ViewParameters, centre_fraction, view_parameters
+from softshard.pipeline.views.parameters import ViewParameters, center_fraction, view_parameters
 from softshard.pipeline.views.render import find_partners, render
 
 POLL_SECONDS, NOTICE_SECONDS = 0.2, 3.0
@@ -47,8 +47,8 @@ _BUILDING = threading.Lock()
 class ViewLoader:
     """Renders any list of (row, view) pairs of a .beton at one output size.
 
-    views: the recipe, or None for a loader that only renders the centre view (validation);
-    workers: decoding threads; crop_pct: timm's, for the centre view;
+    views: the recipe, or None for a loader that only renders the center view (validation);
+    workers: decoding threads; crop_pct: timm's, for the center view;
     waited: seconds that `render` has waited for decoded batches so far;
     os_cache, batches_ahead: FFCV's. Without the system's cache FFCV reads whole pages ahead and keeps only what it
     still needs, for files larger than memory: rows then come fastest in the order of the file.
@@ -72,7 +72,7 @@ class ViewLoader:
         if self._mixes and not os_cache:
             raise RecipeError("views: expected os_cache: true for mixup and cutmix, found false; set one of them off")
         self._device, self._beton = device, beton
-        self._parameters = view_parameters(views, centre_fraction(size, crop_pct))
+        self._parameters = view_parameters(views, center_fraction(size, crop_pct))
         self._size, self.batch_size = size, batch_size
         self._workers = workers
         self._os_cache, self._batches_ahead = os_cache, batches_ahead
@@ -133,7 +133,7 @@ class ViewLoader:
         tensors = [torch.from_numpy(output.pixels).movedim(-1, -3)]
         if self._mixes:
             partner_labels = labels[np.where(partners < 0, rows[:, None], partners)]
-            tensors += [torch.from_numpy(partner_labels), torch.from_numpy((output.shares / ONE).astype(np.float32))]
+            tensors += [torch.from_numpy(partner_labels), torch.from_numpy((output.lams / ONE).astype(np.float32))]
         if not several:
             tensors = [tensor.squeeze(1) for tensor in tensors]
         tensors.append(torch.from_numpy(labels[rows]))
@@ -163,12 +163,12 @@ class _Output(NamedTuple):
     """What the decoder gives for a batch: uint8 [B, G, S, S, 3] and int64 [B, G]."""
 
     pixels: NDArray[np.uint8]
-    shares: NDArray[np.int64]
+    lams: NDArray[np.int64]
 
 
 class _ViewDecoder(SimpleRGBImageDecoder):
     """The FFCV operation. Its memory is, for each batch slot: pixels, view numbers and partners (filled by
-    _ViewEpoch), shares, rows that failed."""
+    _ViewEpoch), lams, rows that failed."""
 
     def __init__(self, beton: Beton, parameters: ViewParameters, shape: tuple[int, ...], workers: int) -> None:
         super().__init__()
@@ -185,15 +185,15 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         columns, parameters, workers = self._columns, self._parameters, self._workers
 
         def decode(rows, memory, metadata, storage_state):
-            pixels, views, partners, shares, failed = memory
+            pixels, views, partners, lams, failed = memory
             pool, (data, _, _, *slots) = storage_state  # data: the mapped file, or pages in memory [count, bytes]
             page_bits = data.shape[1].bit_length() - 1 if slots else 0
             where = data.ctypes.data, slots[0] if slots else NO_SLOTS, page_bits
-            work = (rows.astype(np.int64), views, partners, columns, *where, parameters, pixels, shares, failed)
+            work = (rows.astype(np.int64), views, partners, columns, *where, parameters, pixels, lams, failed)
             parts = min(len(rows), workers * PARTS_A_WORKER)
             with _patience():
                 list(pool.map(lambda part: render(part, parts, *work), range(parts)))
-            return _Output(pixels, shares)
+            return _Output(pixels, lams)
 
         return decode
 

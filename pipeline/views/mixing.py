@@ -1,12 +1,12 @@
-"""Boxes and shares: what RandomErasing erases, and what Mixup and CutMix take from another image.
+"""Boxes and lams: what RandomErasing erases, and what Mixup and CutMix take from another image.
 
 Word numbers: 320 whether to erase, 384 + 64n .. for box n (four for each try, the last for its noise), 2048 .. for
-mixing (which kind, whether, share, partner, centre of the box).
+mixing (which kind, whether, lam, partner, center of the box).
 """
 
 import numpy as np
 
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.kernels.jit import compiled
 from softshard.pipeline.views.kernels.rng import ASPECTS, ONE, QUANTILES, draw, draw_below, stream
 
@@ -53,17 +53,17 @@ def mix_kind(p, state):
 
 
 @compiled
-def mix_share(p, state, kind):
-    """The share of the image itself, drawn from Beta(alpha, alpha), in units of 1 / ONE."""
-    shares = p.cutmix_share if kind == CUTMIX else p.mixup_share
-    return shares[draw_below(state, MIX_WORD + 2, QUANTILES)]
+def mix_lam(p, state, kind):
+    """The lam of the image itself, drawn from Beta(alpha, alpha), in units of 1 / ONE."""
+    lams = p.cutmix_lams if kind == CUTMIX else p.mixup_lams
+    return lams[draw_below(state, MIX_WORD + 2, QUANTILES)]
 
 
 @compiled
-def cut_box(state, share, size):
-    """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899, timm's rand_bbox): its centre is
+def cut_box(state, lam, size):
+    """(top, left, height, width) of the box taken from the partner (arXiv 1905.04899, timm's rand_bbox): its center is
     uniform, what lies outside the view is cut off."""
-    side = np.int64(np.sqrt(np.float64(ONE - share) / ONE) * size)
+    side = np.int64(np.sqrt(np.float64(ONE - lam) / ONE) * size)
     down, across = draw_below(state, MIX_WORD + 4, size), draw_below(state, MIX_WORD + 5, size)
     top, left = max(np.int64(0), down - side // 2), max(np.int64(0), across - side // 2)
     bottom, right = min(size, down + (side + 1) // 2), min(size, across + (side + 1) // 2)
@@ -74,7 +74,7 @@ def cut_box(state, share, size):
 def partner(p, key, view, count):
     """The place, among `count` images in the order of their key digests, of the one that a view is mixed with; -1
     when the view is not mixed."""
-    if view == CENTRE or (p.mixup < 0 and p.cutmix < 0):
+    if view == CENTER or (p.mixup < 0 and p.cutmix < 0):
         return np.int64(-1)
     state = stream(p.seed, key, view)
     return np.int64(-1) if mix_kind(p, state) == UNMIXED else draw_below(state, MIX_WORD + 3, count)

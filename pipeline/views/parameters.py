@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from softshard.pipeline.recipes.recipe import POLICIES, ColorJitterRecipe, MixRecipe, RandomErasingRecipe, ViewRecipe
 from softshard.pipeline.views.kernels.rng import ONE, QUANTILES, beta_quantiles, fixed, normal_quantiles, sqrt_aspects
 
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet: what lies outside a moved image, and what erases
+MEAN_COLOR = (124, 116, 104)  # of ImageNet: what lies outside a moved image, and what erases
 DEVIATION = (58, 57, 57)
 
 
@@ -24,7 +24,7 @@ class ViewParameters(NamedTuple):
     ratio_high: np.int64
     sqrt_aspect: NDArray[np.int64]
     flip: np.int64
-    centre: np.int64
+    center: np.int64
     dct_scaling: np.int64
     policy: np.int64
     operations: np.int64
@@ -43,14 +43,14 @@ class ViewParameters(NamedTuple):
     erase_noise: np.int64
     noise: NDArray[np.uint8]
     mixup: np.int64
-    mixup_share: NDArray[np.int64]
+    mixup_lams: NDArray[np.int64]
     cutmix: np.int64
-    cutmix_share: NDArray[np.int64]
+    cutmix_lams: NDArray[np.int64]
 
 
-def view_parameters(views: ViewRecipe | None, centre: float = 1.0) -> ViewParameters:
-    """Numbers of a recipe. `centre` is the side of the centre crop as a fraction of the shorter side of the image;
-    without a recipe only the centre view can be rendered."""
+def view_parameters(views: ViewRecipe | None, center: float = 1.0) -> ViewParameters:
+    """Numbers of a recipe. `center` is the side of the center crop as a fraction of the shorter side of the image;
+    without a recipe only the center view can be rendered."""
     recipe = views or ViewRecipe(seed=0, count=1, crop=None, hflip=0.0)
     crop, rand = recipe.crop, recipe.rand_augment
     scale, ratio = (crop.scale, crop.ratio) if crop else ((1.0, 1.0), (1.0, 1.0))
@@ -65,7 +65,7 @@ def view_parameters(views: ViewRecipe | None, centre: float = 1.0) -> ViewParame
         ratio_high=fixed(ratio[1]),
         sqrt_aspect=sqrt_aspects(*ratio),
         flip=fixed(recipe.hflip),
-        centre=fixed(centre),
+        center=fixed(center),
         dct_scaling=np.int64(recipe.dct_scaling),
         policy=np.int64(sum(n for n, name in enumerate(POLICIES, 1) if getattr(recipe, name) is not None)),
         operations=np.int64(rand.operations if rand else 0),
@@ -84,14 +84,14 @@ def view_parameters(views: ViewRecipe | None, centre: float = 1.0) -> ViewParame
         erase_noise=np.int64(erasing.mode == "pixel"),
         noise=_noise(normal),
         mixup=_probability(recipe.mixup),
-        mixup_share=_shares(recipe.mixup),
+        mixup_lams=_lams(recipe.mixup),
         cutmix=_probability(recipe.cutmix),
-        cutmix_share=_shares(recipe.cutmix),
+        cutmix_lams=_lams(recipe.cutmix),
     )
 
 
-def centre_fraction(size: int, crop_pct: float) -> float:
-    """timm's evaluation: the shorter side becomes floor(size / crop_pct), of which the centre `size` are kept."""
+def center_fraction(size: int, crop_pct: float) -> float:
+    """timm's evaluation: the shorter side becomes floor(size / crop_pct), of which the center `size` are kept."""
     return size / math.floor(size / crop_pct)
 
 
@@ -107,8 +107,8 @@ def _jitter(recipe: ViewRecipe) -> NDArray[np.int64]:
 
 def _noise(normal: NDArray[np.int64]) -> NDArray[np.uint8]:
     """For each channel the quantiles of its mean and deviation, in steps of pixels: uint8 [3, QUANTILES]."""
-    colours = np.outer(DEVIATION, normal) + np.outer(MEAN_COLOUR, np.full(QUANTILES, ONE))
-    return ((colours + ONE // 2) // ONE).clip(0, 255).astype(np.uint8)
+    colors = np.outer(DEVIATION, normal) + np.outer(MEAN_COLOR, np.full(QUANTILES, ONE))
+    return ((colors + ONE // 2) // ONE).clip(0, 255).astype(np.uint8)
 
 
 def _probability(mix: MixRecipe | None) -> np.int64:
@@ -116,5 +116,5 @@ def _probability(mix: MixRecipe | None) -> np.int64:
     return fixed(mix.probability) if mix else np.int64(-1)
 
 
-def _shares(mix: MixRecipe | None) -> NDArray[np.int64]:
+def _lams(mix: MixRecipe | None) -> NDArray[np.int64]:
     return beta_quantiles(mix.alpha) if mix else np.full(QUANTILES, ONE)

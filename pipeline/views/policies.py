@@ -3,7 +3,7 @@
 A plan is int64 [PLAN_LENGTH, 2]: the operations in their order, each with its argument, an integer in the unit that
 its kernel takes. Lengths are relative to the view's side, so that the same view can be rendered at any size.
 
-Word numbers: 128 + 8k .. for operation k of a policy (choice, whether, strength, sign), 256 .. for colour jitter
+Word numbers: 128 + 8k .. for operation k of a policy (choice, whether, strength, sign), 256 .. for color jitter
 (three for its order, then one for each strength).
 """
 
@@ -16,11 +16,11 @@ from softshard.pipeline.views.kernels.spatial import DEGREE, RADIUS_BITS
 
 # RandAugment draws from the first fifteen, in timm's order.
 AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, SATURATION, CONTRAST, BRIGHTNESS = range(10)
-SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, GREY, BLUR, HUE, IDENTITY = range(10, 19)
+SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, GRAY, BLUR, HUE, IDENTITY = range(10, 19)
 RAND_OPERATIONS = 15
 OPERATION_NAMES = (
     "auto contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add", "saturation", "contrast",
-    "brightness", "sharpness", "shear x", "shear y", "translate x", "translate y", "grey", "blur", "hue", "identity",
+    "brightness", "sharpness", "shear x", "shear y", "translate x", "translate y", "gray", "blur", "hue", "identity",
 )  # fmt: skip
 
 RAND, AUTO, TRIVIAL, THREE = range(1, 5)  # in the order of the recipe's POLICIES; 0 is none
@@ -180,7 +180,7 @@ def _three_augment(state, plan):
     """DeiT III (arXiv 2204.07118); blur with a radius between 0.1 and 2 pixels."""
     choice = draw_below(state, POLICY_WORD, 3)
     if choice == 0:
-        return _add(plan, 0, GREY, 0)
+        return _add(plan, 0, GRAY, 0)
     if choice == 1:
         return _add(plan, 0, SOLARIZE, 128)
     unit = 1 << RADIUS_BITS

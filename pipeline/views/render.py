@@ -8,15 +8,15 @@ from numba import types
 
 import softshard.pipeline.images.jpeg  # noqa: F401  # registers the C functions before anything is compiled
 from softshard.pipeline.views import mixing, policies
-from softshard.pipeline.views.geometry import CENTRE, view_geometry
+from softshard.pipeline.views.geometry import CENTER, view_geometry
 from softshard.pipeline.views.kernels import color, spatial
 from softshard.pipeline.views.kernels.jit import compiled, kept, sources_digest
 from softshard.pipeline.views.kernels.resize import resize
 from softshard.pipeline.views.kernels.rng import ONE, stream
-from softshard.pipeline.views.parameters import MEAN_COLOUR
+from softshard.pipeline.views.parameters import MEAN_COLOR
 
-SHARE_BITS = 20 - color.WEIGHT_BITS  # shares have as many bits as ONE, blend wants fewer
-SPARES = 3  # images that the work on one view needs beside it
+LAM_BITS = 20 - color.WEIGHT_BITS  # lams have as many bits as ONE, blend wants fewer
+SCRATCH_IMAGES = 3  # images that the work on one view needs beside it
 
 _decode = types.ExternalFunction(
     "softshard_decode",
@@ -48,8 +48,8 @@ def operate(operation, argument, image, spare):
         color.contrast(image, argument)
     elif operation == policies.BRIGHTNESS:
         color.brightness(image, argument)
-    elif operation == policies.GREY:
-        color.grey(image)
+    elif operation == policies.GRAY:
+        color.gray(image)
     elif operation == policies.HUE:
         color.hue(image, argument)
     else:
@@ -76,7 +76,7 @@ def _move(operation, argument, image, spare):
             c = argument * size
         else:
             f = argument * size
-        spatial.affine(image, spare[0], a, b, c, d, e, f, MEAN_COLOUR)
+        spatial.affine(image, spare[0], a, b, c, d, e, f, MEAN_COLOR)
     image[:] = spare[0]
 
 
@@ -90,19 +90,19 @@ def _augment(p, state, image, spare):
         if p.erase_noise:
             color.noise(image, top, left, height, width, mixing.erase_noise_state(state, number), p.noise)
         else:
-            color.fill(image, top, left, height, width, MEAN_COLOUR)
+            color.fill(image, top, left, height, width, MEAN_COLOR)
 
 
 @compiled
 def _mix(p, state, image, other):
-    """Mix another image's view in; returns the share of the image itself."""
+    """Mix another image's view in; returns the lam of the image itself."""
     kind = mixing.mix_kind(p, state)
-    share = mixing.mix_share(p, state, kind)
+    lam = mixing.mix_lam(p, state, kind)
     if kind == mixing.MIXUP:
-        color.blend(image, other, share >> SHARE_BITS)
-        return share
+        color.blend(image, other, lam >> LAM_BITS)
+        return lam
     size = image.shape[0]
-    top, left, height, width = mixing.cut_box(state, share, size)
+    top, left, height, width = mixing.cut_box(state, lam, size)
     color.paste(image, other, top, left, height, width)
     return ONE - height * width * ONE // (size * size)
 
@@ -149,20 +149,20 @@ def _views(jpeg, length, crc, height, width, key, views, p, scratch, turned, spa
                 top, left, bottom, right = boxes[g, 0], boxes[g, 1], boxes[g, 2], boxes[g, 3]
                 resize(image, top - place[0], left - place[1], bottom - top, right - left, flips[g], turned, out[g])
     for g in range(count):
-        if views[g] != CENTRE:
+        if views[g] != CENTER:
             _augment(p, stream(p.seed, key, views[g]), out[g], spare)
     return True
 
 
 def _keyed(sources: str):
     @kept
-    def render(part, parts, rows, views, partners, columns, memory, slots, page_bits, p, pixels, shares, failed):
+    def render(part, parts, rows, views, partners, columns, memory, slots, page_bits, p, pixels, lams, failed):
         """Render views[i, g] of row rows[i] into pixels[i, g], uint8 [S, S, 3], for i = part, part + parts, ...
 
         rows int64 [B], views int64 [B, G]; partners int64 [B, G] has the row that a view is mixed with, or -1;
         columns: keys, crc32, offsets, lengths, heights and widths of a Beton. memory is the address of the mapped
-        file, or of the cached pages, where page n lies at place slots[n] (page_bits 0: no pages). Receives: shares
-        int64 [B, G], the share of the image itself in units of 1 / ONE; failed int64 [B], the row that has changed
+        file, or of the cached pages, where page n lies at place slots[n] (page_bits 0: no pages). Receives: lams
+        int64 [B, G], the lam of the image itself in units of 1 / ONE; failed int64 [B], the row that has changed
         or does not decode, or -1.
         """
         _ = sources  # part of the key under which numba keeps a function
@@ -175,13 +175,13 @@ def _keyed(sources: str):
                 if row >= 0:
                     largest, widest = max(largest, heights[row] * widths[row]), max(widest, widths[row])
         decoded, turned = np.empty(3 * largest, np.uint8), np.empty(3 * widest * size, np.uint8)
-        spare = np.empty((SPARES, size, size, 3), np.uint8)
+        spare = np.empty((SCRATCH_IMAGES, size, size, 3), np.uint8)
         for i in range(part, len(rows), parts):
             failed[i] = -1
             for g in range(-1, count):  # the image's own views, then the partner of each
                 row = rows[i] if g < 0 else partners[i, g]
                 if row < 0:
-                    shares[i, g] = ONE
+                    lams[i, g] = ONE
                     continue
                 address = offsets[row]
                 if page_bits:
@@ -196,7 +196,7 @@ def _keyed(sources: str):
                     failed[i] = row
                     break
                 if g >= 0:
-                    shares[i, g] = _mix(p, stream(p.seed, keys[rows[i]], views[i, g]), pixels[i, g], spare[2])
+                    lams[i, g] = _mix(p, stream(p.seed, keys[rows[i]], views[i, g]), pixels[i, g], spare[2])
 
     @kept
     def find_partners(p, keys, order, views):

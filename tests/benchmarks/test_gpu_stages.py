@@ -77,8 +77,10 @@ def test_a_layer_that_raises_leaves_the_others(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor on one gradient, and a layer that trains in another form than it should."""
-    right = pointwise.share_of
-    monkeypatch.setattr(pointwise, "share_of", lambda count, first, *rest: (1.01 * first, *right(count, *rest)))
+    right = pointwise.average_over_ranks
+    monkeypatch.setattr(
+        pointwise, "average_over_ranks", lambda count, first, *rest: (1.01 * first, *right(count, *rest))
+    )
     case = next(layers.pointwise_cases(True))
     outcome = layers.compare(Setting("cpu", True, tmp_path), [case, case._replace(form="stacked")], ["float32"])
     wrong = [problem for problem in outcome.problems if "conv.weight: error 1.0e-02" in problem]

@@ -1,4 +1,4 @@
-"""What tests of draws share: parameters of a recipe, keys with a wanted draw, whether counts fit probabilities, and the
+"""What tests of draws lam: parameters of a recipe, keys with a wanted draw, whether counts fit probabilities, and the
 functions without the compiler."""
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What tests of rendering share: loaders of the smallest useful size, and the pixels that they give."""
+"""What tests of rendering lam: loaders of the smallest useful size, and the pixels that they give."""
 
 import numpy as np
 import torch

@@ -24,7 +24,7 @@ from softshard.pipeline.images.beton import open_beton
 from softshard.pipeline.images.pack import pack
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.recipes.yaml_file import load_recipe, save_recipe
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.loop.run_folder import (
     BEST,
@@ -37,7 +37,7 @@ from softshard.trainer.loop.run_folder import (
     save_checkpoint,
     save_weights,
 )
-from softshard.trainer.loop.train_state import Learner
+from softshard.trainer.loop.train_state import TrainState
 from softshard.trainer.recipe import TrainRecipe
 from softshard.trainer.student import make_student
 
@@ -76,7 +76,7 @@ mnist_data = functools.cache(read_mnist)  # it takes seconds to read
 
 
 def write_digits(root: Path, per_class: int, first: int = 0) -> None:
-    """`per_class` digits of each class as grey JPEGs."""
+    """`per_class` digits of each class as gray JPEGs."""
     images, labels = mnist_data()
     for digit in range(10):
         (root / str(digit)).mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def pack_folder(images: Path, beton: Path) -> None:
 
 
 def write_teacher(folder: Path, classes: int = 10, seed: int = 0) -> None:
-    """A small random network in timm's folder layout, centred on digits so that its labels differ between them."""
+    """A small random network in timm's folder layout, centered on digits so that its labels differ between them."""
     torch.manual_seed(seed)
     model: Any = timm.create_model("resnet10t", num_classes=classes, stem_width=8, channels=(16, 16, 32, 32))
     digits = torch.from_numpy(mnist_data()[0][::50].reshape(-1, 1, 28, 28)).float() / 255
@@ -141,11 +141,11 @@ class Crash(Exception):
 
 
 @contextmanager
-def acting(update: int, act: Callable[[Learner], None], after: bool = False) -> Iterator[None]:
+def acting(update: int, act: Callable[[TrainState], None], after: bool = False) -> Iterator[None]:
     """Call `act` with the learner when it comes to an update, counted from 1 over the whole run; or after it."""
-    learn = Learner.learn
+    learn = TrainState.learn
 
-    def learn_and_act(self: Learner, number: int, *rest: Any) -> Any:
+    def learn_and_act(self: TrainState, number: int, *rest: Any) -> Any:
         if number + 1 == update and not after:
             act(self)
         losses = learn(self, number, *rest)
@@ -154,7 +154,7 @@ def acting(update: int, act: Callable[[Learner], None], after: bool = False) -> 
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "learn", learn_and_act)
+        patch.setattr(TrainState, "learn", learn_and_act)
         yield
 
 
@@ -246,5 +246,5 @@ def digits(inputs: Path, size: int = 32) -> Tensor:
     """The validation images, uint8 [20, 3, size, size]."""
     beton = open_beton(inputs / "validation.beton")
     loader = ViewLoader(beton, None, size, len(beton), 1, torch.device("cpu"))
-    [images] = [batch.images.clone() for batch in loader.render(np.arange(len(beton)), CENTRE)]
+    [images] = [batch.images.clone() for batch in loader.render(np.arange(len(beton)), CENTER)]
     return images

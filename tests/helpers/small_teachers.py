@@ -1,4 +1,4 @@
-"""What tests of teachers share: small inputs and weights, models that misbehave."""
+"""What tests of teachers lam: small inputs and weights, models that misbehave."""
 
 from pathlib import Path
 from typing import Any

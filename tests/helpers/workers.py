@@ -19,7 +19,7 @@ Context = AbstractContextManager[None]
 STOPPED = 130  # the exit status of work that a signal ended, as at the command line; 1: an exception
 
 
-def labelling(recipe: Path, store: Path, views: range | None = None) -> Work:
+def labeling(recipe: Path, store: Path, views: range | None = None) -> Work:
     """Label with a recipe's file into a store."""
     return partial(_label, recipe, store, views)
 

@@ -84,7 +84,7 @@ def test_coverage_of_many_views_is_short() -> None:
     assert _coverage([40] * 12 + [3] + [0] * 287, 40) == [
         "views 0-11: whole",
         "view 12: 3 of 40 blocks",
-        "views 13-299: not labelled",
+        "views 13-299: not labeled",
     ]
 
 

@@ -143,14 +143,14 @@ def chunk(store: Store, name: str, *position: int) -> Path:
 
 def test_a_whole_store(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(Path(store.name))]) == 0
-    assert capsys.readouterr().out == f"{Path(store.name)}: 6 of 6 blocks labelled; whole\n"
+    assert capsys.readouterr().out == f"{Path(store.name)}: 6 of 6 blocks labeled; whole\n"
 
 
 def test_blocks_without_labels_are_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = create(tmp_path / "labels.zarr", make_manifest())
     fill(store, [(1, 2), (0, 0)])
     assert main(["verify", str(Path(store.name))]) == 0
-    assert capsys.readouterr().out == f"{Path(store.name)}: 2 of 6 blocks labelled; whole\n"
+    assert capsys.readouterr().out == f"{Path(store.name)}: 2 of 6 blocks labeled; whole\n"
 
 
 def test_every_damaged_block_has_a_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ def test_every_damaged_block_has_a_line(store: Store, capsys: pytest.CaptureFixt
         "view 1, block 0",
         "view 1, block 2",
     ]
-    assert last == f"{Path(store.name)}: 6 of 6 blocks labelled; 3 not whole"
+    assert last == f"{Path(store.name)}: 6 of 6 blocks labeled; 3 not whole"
 
 
 def test_exchanged_blocks_are_found(store: Store) -> None:

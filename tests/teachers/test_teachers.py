@@ -44,7 +44,7 @@ def test_a_teacher_is_frozen_and_stays_in_eval_mode(resnet: str) -> None:
     assert torch.equal(teacher(pixels(32)), before)
 
 
-def test_pixels_are_normalised_as_timm_does_it(resnet: str) -> None:
+def test_pixels_are_normalized_as_timm_does_it(resnet: str) -> None:
     teacher = load_teacher("resnet10t", "timm", resnet, 32, 10)
     mean, std = (torch.tensor(IMAGENET[place]).view(1, 3, 1, 1) for place in (1, 2))
     torch.testing.assert_close(teacher(pixels(32)), teacher.model((pixels(32) / 255 - mean) / std))

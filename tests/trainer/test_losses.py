@@ -19,7 +19,7 @@ TEMPERATURES = st.sampled_from([0.7, 1.0, 2.0, 4.0])
 
 
 def random_case(seed: int, classes: int, k: int, rows: int = 5, scale: float = 3.0) -> tuple[Tensor, SoftLabels]:
-    """A student's logits and soft labels that were never quantised, float64."""
+    """A student's logits and soft labels that were never quantized, float64."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
     teacher = scale * torch.randn(rows, k + (k < classes), generator=generator, dtype=torch.float64)
@@ -38,14 +38,14 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, SoftLabels]:
 def with_shares(soft: SoftLabels, classes: int, seed: int) -> SoftLabels:
     """The same soft labels, their tail spread unevenly."""
     shape = torch.randn(len(soft.tail), classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return soft._replace(tail_share=torch.softmax(3 * shape.scatter(1, soft.index, -torch.inf), dim=1))
+    return soft._replace(tail_distribution=torch.softmax(3 * shape.scatter(1, soft.index, -torch.inf), dim=1))
 
 
 def dense_teacher(soft: SoftLabels, classes: int) -> Tensor:
     others = max(classes - soft.index.shape[1], 1)
     spread = (soft.tail / others)[:, None].repeat(1, classes)
-    if soft.tail_share is not None:
-        spread = soft.tail[:, None] * soft.tail_share
+    if soft.tail_distribution is not None:
+        spread = soft.tail[:, None] * soft.tail_distribution
     return spread.scatter(1, soft.index, soft.probability)
 
 

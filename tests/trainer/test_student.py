@@ -1,4 +1,4 @@
-"""The student of a recipe: its library, its start, its branches, and the normalisation of its pixels."""
+"""The student of a recipe: its library, its start, its branches, and the normalization of its pixels."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def recipe(folder: Path, *changes: tuple[str, str]) -> TrainRecipe:
     return train_recipe(folder, ("data.size", "64"), *((f"student.{key}", value) for key, value in changes))
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images / 255 - mean) / std
 
@@ -29,7 +29,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 def test_a_torchvision_student(tmp_path: Path) -> None:
     student = make_student(recipe(tmp_path, ("library", "torchvision"), ("model", "shufflenet_v2_x0_5"))).eval()
     assert sum(isinstance(module, MultiBranchConv) for module in student.modules()) > 50
-    torch.testing.assert_close(student(IMAGES), student.network(normalised(IMAGES)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student(IMAGES), student.network(normalized(IMAGES)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pretrained", ["false", "true"])
@@ -40,7 +40,7 @@ def test_expanded_students_start_as_their_checkpoint(tmp_path: Path, pretrained:
     changes = ("checkpoint", str(tmp_path / "start.safetensors")), ("pretrained", pretrained)
     student = make_student(recipe(tmp_path, ("model", "mobilenetv2_035"), *changes)).eval()
     assert any(isinstance(module, MultiBranchConv) for module in student.modules())
-    torch.testing.assert_close(student(IMAGES), start(normalised(IMAGES)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student(IMAGES), start(normalized(IMAGES)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_runs_weights_need_no_checkpoint(tmp_path: Path) -> None:

@@ -52,15 +52,15 @@ class Labels:
         template = None if self.template is None else self.template[places]
         return self.weight, decode_on(device, codes[places], self.classes, temperature, template)
 
-    def check_labelled(self, views: int) -> None:
-        """Raise DataError unless the first `views` views are labelled. (read_view checks their content.)"""
+    def check_labeled(self, views: int) -> None:
+        """Raise DataError unless the first `views` views are labeled. (read_view checks their content.)"""
         coverage = self.store.coverage()[:views]
         if (coverage < self.store.blocks).any():
             view = int(np.argmax(coverage < self.store.blocks))
             fewer = f", or train on fewer views with data.views: {view}" if view else ""
             raise DataError(
-                f"{self.store.name}: expected all {self.store.blocks} blocks labelled in each of the {views} views to "
-                f"train on, found {coverage[view]} in view {view}; finish labelling{fewer}"
+                f"{self.store.name}: expected all {self.store.blocks} blocks labeled in each of the {views} views to "
+                f"train on, found {coverage[view]} in view {view}; finish labeling{fewer}"
             )
 
     def _top(self, codes: Codes) -> Codes:
@@ -68,7 +68,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class ViewLabels:
+class EpochLabels:
     """The labels of one view: those of each store, with its codes for that view."""
 
     parts: tuple[tuple[Labels, Codes], ...]
@@ -84,7 +84,7 @@ class LabelReader:
     def __init__(self, stores: Sequence[Labels]) -> None:
         self._stores = tuple(stores)
         self._pool = ThreadPoolExecutor(1, "labels")
-        self._views: dict[int, Future[ViewLabels]] = {}
+        self._views: dict[int, Future[EpochLabels]] = {}
 
     def __enter__(self) -> "LabelReader":
         return self
@@ -92,10 +92,10 @@ class LabelReader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def labels(self, view: int, coming: int) -> ViewLabels | None:
+    def labels(self, view: int, coming: int) -> EpochLabels | None:
         """The labels of a view, when they are there; begins to read those of the coming one. None without stores.
 
-        Raises DataError for views that are not labelled, FormatError for damaged ones.
+        Raises DataError for views that are not labeled, FormatError for damaged ones.
         """
         if not self._stores:
             return None
@@ -103,8 +103,8 @@ class LabelReader:
         self._views = {number: self._views.get(number) or self._pool.submit(self._read, number) for number in wanted}
         return self._views[view].result()
 
-    def _read(self, view: int) -> ViewLabels:
-        return ViewLabels(tuple((labels, labels.read_view(view)) for labels in self._stores))
+    def _read(self, view: int) -> EpochLabels:
+        return EpochLabels(tuple((labels, labels.read_view(view)) for labels in self._stores))
 
 
 def teacher_classes(stores: Sequence[Labels], view: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -163,7 +163,7 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
         raise DataError(
             f"{store.name}: expected labels of the images in {beton.path}, found labels of other images under "
             f"{len(other)} of the keys, such as {_few(beton, other)}; label these images, or take the .beton "
-            "that was labelled"
+            "that was labeled"
         )
     missing = np.flatnonzero(~found)
     if len(missing) and recipe.missing_labels == "error":
@@ -174,7 +174,7 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
         )
     if store.manifest.views.mixes and not (found.all() and len(beton) == len(store.keys)):
         raise DataError(
-            f"{store.name}: expected all {len(store.keys)} labelled images in {beton.path}, because views that mix "
+            f"{store.name}: expected all {len(store.keys)} labeled images in {beton.path}, because views that mix "
             f"images depend on the whole set, found {int(found.sum())}; pack them all, or label these"
         )
     check_probes(beton, store.manifest, store.name)

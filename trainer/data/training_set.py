@@ -57,14 +57,14 @@ class TrainingSet:
 def open_training_set(recipe: TrainRecipe) -> TrainingSet:
     """Open and join what the recipe names.
 
-    Raises DataError: labels that do not fit the images, views that are not labelled, too few rows for one batch.
+    Raises DataError: labels that do not fit the images, views that are not labeled, too few rows for one batch.
     """
     beton = open_beton(recipe.data.train)
     _check_classes(recipe, beton)
     stores = open_labels(recipe, beton)
     views = _views(recipe, stores)
     for labels in stores:
-        labels.check_labelled(min(views.count, recipe.schedule.epochs))
+        labels.check_labeled(min(views.count, recipe.schedule.epochs))
     rows = np.flatnonzero(np.all([labels.rows >= 0 for labels in stores], axis=0)) if stores else np.arange(len(beton))
     if len(rows) < recipe.batch_size:
         raise DataError(
@@ -80,7 +80,7 @@ def open_validation_set(recipe: TrainRecipe) -> Beton:
     return beton
 
 
-def share(order: NDArray[np.int64], batch_size: int, rank: int, processes: int) -> NDArray[np.int64]:
+def rank_slice(order: NDArray[np.int64], batch_size: int, rank: int, processes: int) -> NDArray[np.int64]:
     """This process's rows of an epoch, int64 [steps, batch_size / processes]: its slice of every whole global batch."""
     local = batch_size // processes
     return order[: len(order) // batch_size * batch_size].reshape(-1, processes, local)[:, rank]

@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
 def compare(
     reference: Predictor, others: Mapping[str, Predictor], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Comparison]:
-    """Each of `others` against the reference, in one pass over batches of normalised images, float32 [N, 3, S, S], and
+    """Each of `others` against the reference, in one pass over batches of normalized images, float32 [N, 3, S, S], and
     hard labels, int64 [N]."""
     images, largest = 0, torch.zeros(())
     right, same = dict.fromkeys(others, 0), dict.fromkeys(others, 0)

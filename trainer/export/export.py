@@ -20,12 +20,12 @@ from tqdm import tqdm
 from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.recipes.yaml_file import load_recipe
 from softshard.pipeline.runtime.errors import DataError
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.data.training_set import open_validation_set
 from softshard.trainer.export.compare import Comparison, compare
 from softshard.trainer.export.formats import FORMATS, chosen_formats
-from softshard.trainer.export.formats.contract import Job, Predictor, Preprocessing
+from softshard.trainer.export.formats.contract import InputSpec, Job, Predictor
 from softshard.trainer.export.formats.folder import load_folder, write_folder
 from softshard.trainer.export.manifest import Exported, FormatFigures, cost_of, save_exported
 from softshard.trainer.export.model_card import write_card
@@ -126,7 +126,7 @@ def _job(recipe: TrainRecipe, student: Student, run: Path) -> Job:
         )
     values = timm.data.resolve_model_data_config(student.network)
     mean, std = values["mean"], values["std"]
-    pixels = Preprocessing(size=recipe.data.size, crop_pct=recipe.data.crop_pct, mean=mean, std=std)
+    pixels = InputSpec(size=recipe.data.size, crop_pct=recipe.data.crop_pct, mean=mean, std=std)
 
     def calibration() -> Iterator[Tensor]:
         beton = open_beton(recipe.data.train)
@@ -138,13 +138,13 @@ def _job(recipe: TrainRecipe, student: Student, run: Path) -> Job:
 
 
 def _batches(
-    recipe: TrainRecipe, beton: Beton, rows: NDArray[np.int64], pixels: Preprocessing
+    recipe: TrainRecipe, beton: Beton, rows: NDArray[np.int64], pixels: InputSpec
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised centre views, float32 [N, 3, S, S], and hard labels, int64 [N]."""
+    """Normalized center views, float32 [N, 3, S, S], and hard labels, int64 [N]."""
     device = torch.device("cpu")
     loader = ViewLoader(beton, None, pixels.size, BATCH_SIZE, recipe.data.workers, device, pixels.crop_pct)
-    for batch in loader.render(rows, CENTRE):
-        yield pixels.normalise(batch.images), batch.labels
+    for batch in loader.render(rows, CENTER):
+        yield pixels.normalize(batch.images), batch.labels
 
 
 @contextmanager

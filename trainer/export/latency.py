@@ -202,13 +202,13 @@ def plot(latencies: Sequence[Latency], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=150)
 
 
-def _plot_points(axes: Any, points: Sequence[Latency], colour: str, label: str) -> None:
+def _plot_points(axes: Any, points: Sequence[Latency], color: str, label: str) -> None:
     if not points:
         return
     x, y = [each.side.cost.macs / 1e6 for each in points], [each.median for each in points]
     marker = MARKERS[points[0].side.format]
-    axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.5)
     for each, *place in zip(points, x, y, strict=True):
         folded = each.side.form == "folded"
-        face = colour if folded else "white"
-        axes.plot(*place, marker, color=colour, markerfacecolor=face, label=label if folded else None)
+        face = color if folded else "white"
+        axes.plot(*place, marker, color=color, markerfacecolor=face, label=label if folded else None)

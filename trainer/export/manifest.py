@@ -12,7 +12,7 @@ from softshard.pipeline.images.manifest import load_sealed, sealed
 from softshard.pipeline.recipes.recipe import Model
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.files import write_atomically
-from softshard.trainer.export.formats.contract import Preprocessing
+from softshard.trainer.export.formats.contract import InputSpec
 from softshard.trainer.recipe import StudentRecipe
 
 MANIFEST = "export.json"
@@ -44,7 +44,7 @@ class Exported(Model):
     format: Literal["softshard-export"] = "softshard-export"
     version: Literal[1] = 1
     student: StudentRecipe
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
     label_names: tuple[str, ...]
     trained: Cost
     folded: Cost

@@ -27,7 +27,7 @@ Top-1 and predictions are those on the {images} images of the validation set.
 
 ## Input
 
-Every format takes normalised images and answers with logits, float32 [N, 3, {size}, {size}] -> [N, {classes}]: RGB, the
+Every format takes normalized images and answers with logits, float32 [N, 3, {size}, {size}] -> [N, {classes}]: RGB, the
 shorter side resized to {resized} pixels ({interpolation}), the middle cut out, scaled to 0..1, minus the mean
 {mean}, divided by the standard deviation {std}.
 {labels}
@@ -114,7 +114,7 @@ def write_card(folder: Path, exported: Exported) -> None:
 
 
 def card(exported: Exported) -> str:
-    """The text: a header for the hub, without a licence, figures, the input, and lines that load each format."""
+    """The text: a header for the hub, without a license, figures, the input, and lines that load each format."""
     pixels, student = exported.preprocessing, exported.student
     values = {
         "library": student.library,

@@ -35,7 +35,7 @@ LOCK = ".lock"
 BEST, WEIGHTS = "best.safetensors", "model.safetensors"
 # Keys that do not change the global batches: a run may go on with others, as it may with other processes. Batch norm's
 # statistics are those of a part of a batch, so that with another accumulation they are of more or fewer images.
-HARMLESS = {
+MAY_CHANGE = {
     "output": True,
     "watch": True,
     "evaluation": True,
@@ -62,7 +62,7 @@ def check_run(recipe: TrainRecipe) -> None:
     """Raise DataError when the run folder belongs to another recipe, naming all differences."""
     folder = Path(recipe.output)
     before = load_recipe(TrainRecipe, folder / RECIPE)
-    found = list(differences(recipe.model_dump(exclude=HARMLESS), before.model_dump(exclude=HARMLESS)))
+    found = list(differences(recipe.model_dump(exclude=MAY_CHANGE), before.model_dump(exclude=MAY_CHANGE)))
     if found:
         raise DataError(
             f"{folder}: expected a run of this recipe, found one of another: {'; '.join(found)}; name another output"

@@ -1,4 +1,4 @@
-"""How good students are on labelled rows in one view, over all processes."""
+"""How good students are on labeled rows in one view, over all processes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softshard.pipeline.images.beton import Beton
 from softshard.pipeline.runtime.launch import make_accelerator
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.loop.checks import check_device
 from softshard.trainer.recipe import TrainRecipe
@@ -49,7 +49,7 @@ def score(
     loader: ViewLoader,
     rows: NDArray[np.int64],
     targets: NDArray[np.int64],
-    view: int = CENTRE,
+    view: int = CENTER,
 ) -> dict[str, Scores]:
     """Scores of each student on rows in a view, which are decoded once for all of them; targets int64 [N], the class of
     each row. Every process takes a share of the rows, and all return the scores of all."""

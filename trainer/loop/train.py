@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
-from softshard.pipeline.runtime.launch import Agreement, StopSignal
+from softshard.pipeline.runtime.launch import CollectiveFlags, StopSignal
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.data.soft_labels import LabelReader
-from softshard.trainer.data.training_set import TrainingSet, open_training_set, share
+from softshard.trainer.data.training_set import TrainingSet, open_training_set, rank_slice
 from softshard.trainer.loop.checks import check_batch, check_batch_norm, check_same_start, memory_advice, not_finite
 from softshard.trainer.loop.curves import plot_curves
 from softshard.trainer.loop.progress import Clock, Watch, check_trackers
@@ -33,7 +33,7 @@ from softshard.trainer.loop.run_folder import (
     save_weights,
 )
 from softshard.trainer.loop.scores import train_accelerator
-from softshard.trainer.loop.train_state import Learner, make_learner
+from softshard.trainer.loop.train_state import TrainState, make_train_state
 from softshard.trainer.loop.validation import Validation, open_validation
 from softshard.trainer.recipe import TrainRecipe
 
@@ -81,7 +81,7 @@ def _say_how_often_views_are_seen(recipe: TrainRecipe, training: TrainingSet) ->
 
 
 def _open(accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet) -> "_Run":
-    learner = make_learner(accelerator, recipe, training.steps(recipe.batch_size))
+    learner = make_train_state(accelerator, recipe, training.steps(recipe.batch_size))
     check_batch_norm(recipe, learner.student, accelerator.num_processes)
     data, parts = recipe.data, accelerator.num_processes * recipe.accumulation
     loader = ViewLoader(
@@ -114,7 +114,7 @@ class _Run:
     accelerator: Accelerator
     recipe: TrainRecipe
     training: TrainingSet
-    learner: Learner
+    learner: TrainState
     loader: ViewLoader
     validation: Validation
     progress: _Progress
@@ -128,7 +128,7 @@ class _Run:
         update = self.progress.epoch * self._steps + self.progress.step
         check_same_start(self.recipe, self.accelerator, update)
         self._watch = Watch(self.accelerator, self.recipe, update, self.learner.updates)
-        self._stop, self._agree = StopSignal(), Agreement(self.accelerator)
+        self._stop, self._agree = StopSignal(), CollectiveFlags(self.accelerator)
         self._reader = LabelReader(self.training.stores)
 
     def finish(self) -> bool:
@@ -148,7 +148,7 @@ class _Run:
         """What is left of an epoch; False when a signal came."""
         view, coming = self.training.view(epoch), self.training.view(min(epoch + 1, self._epochs - 1))
         labels = self._reader.labels(view, coming)
-        rows = share(self.training.order(self.recipe.seed, epoch), self.recipe.batch_size, *self._place)
+        rows = rank_slice(self.training.order(self.recipe.seed, epoch), self.recipe.batch_size, *self._place)
         batches = self.loader.render(rows[self.progress.step :].reshape(-1), view)
         self._watch.epoch(epoch)
         self.learner.model.train()
@@ -210,7 +210,7 @@ class _Run:
 
     def _not_finite(self, step: int, rank: int, what: str) -> Exception:
         order = self.training.order(self.recipe.seed, self.progress.epoch)
-        rows = share(order, self.recipe.batch_size, rank, self.accelerator.num_processes)[step]
+        rows = rank_slice(order, self.recipe.batch_size, rank, self.accelerator.num_processes)[step]
         keys = [self.training.beton.manifest.keys[row] for row in rows]
         return not_finite(self.recipe, self.progress.epoch, step, what, keys, self._main)
 

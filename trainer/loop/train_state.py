@@ -1,4 +1,4 @@
-"""The student with everything that changes it: optimiser, schedule, average. One update after the other."""
+"""The student with everything that changes it: optimizer, schedule, average. One update after the other."""
 
 import warnings
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from softshard.trainer.student import Student, make_student
 
 
 @dataclass
-class Learner:
+class TrainState:
     """Updates are counted from 0 over the whole run; `updates` of them make it up. The learning rate, the temperature
     and the random numbers of an update are functions of its number."""
 
@@ -126,8 +126,8 @@ class Learner:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> Learner:
-    """A learner at the start of a run of so many steps an epoch. Raises RecipeError for options that the optimiser
+def make_train_state(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> TrainState:
+    """A learner at the start of a run of so many steps an epoch. Raises RecipeError for options that the optimizer
     does not have, and what make_student raises."""
     with accelerator.local_main_process_first():  # one download serves all processes of a machine
         student = make_student(recipe).to(accelerator.device)
@@ -139,7 +139,7 @@ def make_learner(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> L
     optimizer = make_optimizer(recipe, student.network)
     schedule = make_schedule(recipe, optimizer, steps)
     model, wrapped = accelerator.prepare(_compiled(student) if recipe.compile else student, optimizer)
-    return Learner(accelerator, recipe, recipe.schedule.epochs * steps, student, model, wrapped, schedule, ema)
+    return TrainState(accelerator, recipe, recipe.schedule.epochs * steps, student, model, wrapped, schedule, ema)
 
 
 def _compiled(student: Student) -> Any:
@@ -151,9 +151,9 @@ def _compiled(student: Student) -> Any:
 
 
 def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
-    """timm's optimiser, without weight decay for norms, biases and what the network itself names (position embeddings).
+    """timm's optimizer, without weight decay for norms, biases and what the network itself names (position embeddings).
 
-    Raises RecipeError for options that it does not have, and for an optimiser that does not work here.
+    Raises RecipeError for options that it does not have, and for an optimizer that does not work here.
     """
     wanted, options = recipe.optimizer, dict[str, Any](recipe.optimizer.options)
     try:
@@ -164,7 +164,7 @@ def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
         ) from None
     except (AssertionError, ImportError, RuntimeError) as error:
         raise RecipeError(
-            f"optimizer.name: expected an optimiser that works here, found {wanted.name}: {error}; name another one"
+            f"optimizer.name: expected an optimizer that works here, found {wanted.name}: {error}; name another one"
         ) from None
 
 

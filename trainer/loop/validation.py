@@ -1,4 +1,4 @@
-"""What a run is validated on: the centre view of the validation set, and the teacher's labels of some views."""
+"""What a run is validated on: the center view of the validation set, and the teacher's labels of some views."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.data.soft_labels import teacher_classes
 from softshard.trainer.data.training_set import TrainingSet, open_validation_set
 from softshard.trainer.loop.scores import score, validation_loader
-from softshard.trainer.loop.train_state import Learner
+from softshard.trainer.loop.train_state import TrainState
 from softshard.trainer.recipe import TrainRecipe
 from softshard.trainer.student import Student
 from softshard.trainer.students import fold
@@ -32,7 +32,7 @@ class Validation:
     rows: NDArray[np.int64]
     taught: NDArray[np.int64]
 
-    def figures(self, learner: Learner, folded: bool) -> dict[str, float]:
+    def figures(self, learner: TrainState, folded: bool) -> dict[str, float]:
         """top1, top5 and agreement in percent, validation_loss in nats; with the prefix `ema_` those of the average of
         the weights, with `folded_` (where asked for) those of the result without its branches."""
         learner.share_statistics()

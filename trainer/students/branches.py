@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale, padding, two, under_centre_tap
+from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale, padding, two, under_center_tap
 from softshard.trainer.students.fused.dispatch import Branches, Form, Norm, form_of, sum_of_branches, trains_as_one
 
 
@@ -50,9 +50,9 @@ class MultiBranchConv(nn.Module):
     [N, in_channels, H, W] -> [N, out_channels, H', W'], of the shape and dtype of the plain pair's output.
 
     The 1 x 1 branch (`scale`) exists where k > 1, the identity branch where input and output have the same channels
-    and the same pixels. Both see the pixels under the kernel's centre tap, whatever the padding.
+    and the same pixels. Both see the pixels under the kernel's center tap, whatever the padding.
     Branch 0 takes over the parameters and buffers of `conv` and `bn`; the others start with the ordinary
-    initialisation of nn.Conv2d and gamma 0. So before the first step the sum equals the plain pair.
+    initialization of nn.Conv2d and gamma 0. So before the first step the sum equals the plain pair.
     The ReLU or ReLU6 of a BatchNormAct2d is applied here (`act`); any other, and its dropout, in `plain.after`, which
     belongs in the place of `bn`.
 
@@ -115,7 +115,7 @@ class MultiBranchConv(nn.Module):
         for branch in others:
             y = y + branch(padded)
         if self.scale is not None:
-            y = y + self.scale(under_centre_tap(x, conv, (y.shape[-2], y.shape[-1])))
+            y = y + self.scale(under_center_tap(x, conv, (y.shape[-2], y.shape[-1])))
         if self.identity is not None:
             y = y + self.identity(x)
         return y

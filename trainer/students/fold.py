@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softshard.trainer.students.branches import MultiBranchConv
-from softshard.trainer.students.fused.conv_geometry import centre_tap
+from softshard.trainer.students.fused.conv_geometry import center_tap
 
 Affine = tuple[Tensor, Tensor]  # kernel [out, in / groups, height, width] and bias [out]; float64, on the CPU
 _M = TypeVar("_M", nn.Conv2d, nn.BatchNorm2d)
@@ -79,10 +79,10 @@ def affine_of_sum(expanded: MultiBranchConv) -> Affine:
     parts = [affine_of_conv_bn(branch.conv, branch.bn) for branch in expanded.conv_bns()]
     if expanded.scale is not None:
         kernel, bias = affine_of_conv_bn(expanded.scale.conv, expanded.scale.bn)
-        parts.append((at_centre_tap(kernel, plain), bias))
+        parts.append((at_center_tap(kernel, plain), bias))
     if expanded.identity is not None:
         kernel, bias = affine_of_bn(identity_kernel(plain), torch.zeros(()), expanded.identity)
-        parts.append((at_centre_tap(kernel, plain), bias))
+        parts.append((at_center_tap(kernel, plain), bias))
     kernels, biases = zip(*parts, strict=True)
     return torch.stack(kernels).sum(0), torch.stack(biases).sum(0)
 
@@ -100,9 +100,9 @@ def affine_of_bn(kernel: Tensor, bias: Tensor, bn: nn.BatchNorm2d) -> Affine:
     return kernel * s[:, None, None, None], beta + s * (bias - mean)
 
 
-def at_centre_tap(kernel: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The kernel of conv's size that is the given 1 x 1 kernel at the centre tap and zero elsewhere."""
-    (height, width), (row, column) = conv.kernel_size, centre_tap(conv)
+def at_center_tap(kernel: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The kernel of conv's size that is the given 1 x 1 kernel at the center tap and zero elsewhere."""
+    (height, width), (row, column) = conv.kernel_size, center_tap(conv)
     return F.pad(kernel, (column, width - 1 - column, row, height - 1 - row))
 
 

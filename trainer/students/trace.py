@@ -22,13 +22,13 @@ from softshard.trainer.students.branches import MultiBranchConv
 Kind = Literal["depthwise", "pointwise", "grouped", "dense"]
 PlainModule = nn.Conv2d | nn.BatchNorm2d
 
-# Exact types, not subclasses: a subclass may compute something else from its weight (weight standardisation, a
+# Exact types, not subclasses: a subclass may compute something else from its weight (weight standardization, a
 # parametrisation, statistics of splits), which the algebra of fold would not know.
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
-# Methods by which timm and the authors of other models mark a module that re-parameterises itself.
-_OWN_REPARAMETERISATION = ("reparameterize", "fuse", "switch_to_deploy")
+# Methods by which timm and the authors of other models mark a module that re-parameterizes itself.
+_OWN_REPARAMETERIZATION = ("reparameterize", "fuse", "switch_to_deploy")
 
 # Functions that ask about a tensor without reading its values.
 _METADATA = {
@@ -45,7 +45,7 @@ _METADATA = {
 
 
 # Why a convolution is left alone; each goes on from "N convolutions ".
-OWN_BRANCHES = "with a re-parameterisation of their own"
+OWN_BRANCHES = "with a re-parameterization of their own"
 OWN_ARITHMETIC = "that compute something of their own or pad with other values than zeros"
 SEVERAL_NAMES = "known under several names"
 NOT_RUN = "that did not run"
@@ -88,7 +88,7 @@ def find_pairs(model: nn.Module, example_input: Tensor) -> Found:
     and both weights are read exactly once in the whole run. So shared modules, tied weights and outputs that
     something else reads are left out; so are modules known under two names, subclasses that compute something of their
     own, batch norms without affine parameters or running statistics, and everything inside a module
-    that brings its own re-parameterisation. What is already expanded is neither a pair nor left alone.
+    that brings its own re-parameterization. What is already expanded is neither a pair nor left alone.
     """
     candidates, reasons = _candidates(model)
     reads = _ReadCounter()
@@ -116,7 +116,7 @@ def conv_kind(conv: nn.Conv2d) -> Kind:
 def _candidates(model: nn.Module) -> tuple[dict[PlainModule, str], dict[nn.Conv2d, str]]:
     """Every convolution and batch norm that may be replaced, with its name; every other convolution, with a reason."""
     times_named = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    own_branches = _inside(model, lambda module: any(hasattr(module, name) for name in _OWN_REPARAMETERISATION))
+    own_branches = _inside(model, lambda module: any(hasattr(module, name) for name in _OWN_REPARAMETERIZATION))
     expanded = _inside(model, lambda module: isinstance(module, MultiBranchConv))
     candidates: dict[PlainModule, str] = {}
     reasons: dict[nn.Conv2d, str] = {}

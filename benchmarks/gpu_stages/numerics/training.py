@@ -17,13 +17,13 @@ from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 from softshard.pipeline.store.topk import decode_on, encode
 
 if TYPE_CHECKING:
-    from softshard.trainer.loop.train_state import Learner
+    from softshard.trainer.loop.train_state import TrainState
 
 NEEDS = ("accelerate", "pydantic", "ruamel.yaml", "safetensors")
 CLASSES, SIZE = 10, 32
 SMALL_SCALE = 2.0**8  # from torch's own the first updates in fp16 overflow, and are left out
 # Of states in float32, where convolutions may choose another algorithm, whose sums differ in their last bits. On a CPU
-# weights that are 3e-7 off lead to 3e-5 in student and average and 1e-3 in the optimiser; moments that a checkpoint had
+# weights that are 3e-7 off lead to 3e-5 in student and average and 1e-3 in the optimizer; moments that a checkpoint had
 # forgotten, to 2e-3 and 3e-2. (In bf16 both lead to 3e-3 and 3e-2: that shows nothing.)
 RESUMED = {"student": 3e-4, "ema": 3e-4, "optimizer": 5e-3, "scaler": 0.0}
 RECIPE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def _told(run: Callable[[Setting, str, str], Outcome], precision: str, form: str
 
 
 def check_resume(setting: Setting, precision: str, form: str) -> Outcome:
-    """Four updates, against two, a checkpoint, and two more of another learner: weights, average, optimiser and loss
+    """Four updates, against two, a checkpoint, and two more of another learner: weights, average, optimizer and loss
     scale; under deterministic algorithms bit for bit, in float32 also under those that `train` takes, nearly."""
     outcome = Outcome()
     for deterministic in (True, False) if precision == "float32" else (True,):
@@ -110,14 +110,14 @@ def check_learning(setting: Setting, precision: str, form: str) -> Outcome:
     return outcome
 
 
-def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) -> "Learner":
-    """A student of few layers with branches, its optimiser and its average, as `train` makes them; `scale`: of fp16's
+def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) -> "TrainState":
+    """A student of few layers with branches, its optimizer and its average, as `train` makes them; `scale`: of fp16's
     losses at first, torch's own unless another is given."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradScalerKwargs
 
-    from softshard.trainer.loop.train_state import make_learner
+    from softshard.trainer.loop.train_state import make_train_state
     from softshard.trainer.recipe import TrainRecipe
 
     student = {"model": "test_efficientnet" if setting.tiny else "mobilenetv2_050", "num_classes": CLASSES}
@@ -128,10 +128,10 @@ def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) ->
     mixed = {"float32": "no"}.get(precision, precision)
     options: dict[str, Any] = {"kwargs_handlers": [GradScalerKwargs(init_scale=scale)]} if precision == "fp16" else {}
     accelerator = Accelerator(cpu=setting.device == "cpu", mixed_precision=mixed, **options)
-    return make_learner(accelerator, recipe, steps=1000)
+    return make_train_state(accelerator, recipe, steps=1000)
 
 
-def train(learner: "Learner", setting: Setting, updates: range) -> torch.Tensor:
+def train(learner: "TrainState", setting: Setting, updates: range) -> torch.Tensor:
     """The losses of some updates [U], each on its own batch, on the CPU."""
     from softshard.pipeline.views.batch import Batch
 

@@ -1,6 +1,6 @@
 """Does all of it work together: label and train on the demo's digits with the loader feeding the device?
 
-Labelling and training are the commands that users type. How well the loader feeds a student, and its copies, are looked
+Labeling and training are the commands that users type. How well the loader feeds a student, and its copies, are looked
 at within the process (feeding.py, copies.py); several processes are in processes.py.
 """
 
@@ -31,13 +31,13 @@ from gpu_stages.stage import COMPILER, Check, Outcome, Setting
 # softshard.pipeline.views.loader stands for ffcv and numba, which it imports faster than they do by themselves
 LOADER = ("softshard.pipeline.views.loader", "accelerate", "torchvision")
 COMMANDS = (*LOADER, "psutil", "safetensors", "zarr", "obstore", "ruamel.yaml", "matplotlib")
-VERIFIED = 256  # views that are labelled again
+VERIFIED = 256  # views that are labeled again
 
 
 def checks(setting: Setting) -> list[Check]:
     triton = Check("train, branches in Triton", partial(training, form="triton"), (*COMMANDS, "triton", COMPILER), 400)
     return [
-        Check("label", labelling, COMMANDS, 300),
+        Check("label", labeling, COMMANDS, 300),
         Check("train", training, COMMANDS, 400),
         Check("feeding the device at 224 px", feeding, LOADER, 240),
         Check("copies", copies, LOADER, 120),
@@ -46,7 +46,7 @@ def checks(setting: Setting) -> list[Check]:
     ]
 
 
-def labelling(setting: Setting) -> Outcome:
+def labeling(setting: Setting) -> Outcome:
     """Label, look whether the store is whole, and label a sample of it again."""
     from softshard.pipeline.store.store import open_store
 

@@ -147,7 +147,7 @@ def teacher(setting: Setting) -> Path:
         torch.manual_seed(0)
         network: Any = timm.create_model("resnet10t", num_classes=CLASSES)
         mean, std = (torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-        _centre(network, (_pixels(setting) / 255 - mean) / std)
+        _center(network, (_pixels(setting) / 255 - mean) / std)
         timm.models.save_for_hf(network, str(folder), safe_serialization=True)
     return folder
 
@@ -166,7 +166,7 @@ def _pixels(setting: Setting) -> Tensor:
 
 
 @torch.no_grad()
-def _centre(network: Any, pixels: Tensor) -> None:
+def _center(network: Any, pixels: Tensor) -> None:
     """Statistics of batch norm, and logits of mean 0 and standard deviation 2 for each class: as the network is made,
     all images would look the same to it."""
     for module in network.modules():
@@ -180,7 +180,7 @@ def _centre(network: Any, pixels: Tensor) -> None:
 
 
 def label_words(setting: Setting) -> list[str]:
-    """The recipe of a labelling run, as options."""
+    """The recipe of a labeling run, as options."""
     teachers = [{"model": f"local-dir:{teacher(setting)}", "size": SIZE}]
     words = ["--config", str(ROOT / "configs/demo/label.yaml"), "--beton", str(digits(setting)[0])]
     words += ["--teachers", json.dumps(teachers), "--min_top1", "null", "--workers", str(cores())]

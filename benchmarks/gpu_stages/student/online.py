@@ -135,7 +135,7 @@ def _criterion() -> nn.Module:
 
 
 def task_step(training: Training, task: nn.Module) -> Step:
-    """A step as timm's train.py takes it, with the optimiser and the average of ours: pixels are normalised by its
+    """A step as timm's train.py takes it, with the optimizer and the average of ours: pixels are normalized by its
     loader, and task and loss run under autocast."""
 
     def step() -> Tensor:

@@ -65,7 +65,7 @@ def random_batch(images: int, size: Size, device: torch.device, layout: torch.me
 
 
 class Training:
-    """A student, its optimiser and average as trainer/loop/train_state.py makes them, and the parts of a step.
+    """A student, its optimizer and average as trainer/loop/train_state.py makes them, and the parts of a step.
 
     `model` is what runs: the student, or what was compiled from it.
     """

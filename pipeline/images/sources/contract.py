@@ -37,7 +37,7 @@ def numbered_classes(last: int) -> list[str]:
 def check_label(label: int, classes: list[str], where: str) -> None:
     """Raise DataError unless `label` is the number of a class."""
     if not 0 <= label < len(classes):
-        hint = "an unlabelled test set?" if label < 0 else "is the class list of another data set?"
+        hint = "an unlabeled test set?" if label < 0 else "is the class list of another data set?"
         raise DataError(
             f"{where}: expected a class number from 0 to {len(classes) - 1}, found {label} ({hint}); "
             "leave the file out, or correct `classes`"

@@ -1,8 +1,8 @@
-"""Kernels that change the colours of an image in place: uint8 [H, W, 3], RGB, C-contiguous.
+"""Kernels that change the colors of an image in place: uint8 [H, W, 3], RGB, C-contiguous.
 
 Every kernel is a pure function of its integer arguments and the same on every machine. Those that Pillow has equal
 Pillow bit for bit. Factors are multiples of 2**-FACTOR_BITS, at most 4: then each step of Pillow's float32 blend is
-exact wherever its result is not clipped, and integers give the same. The loops are written for LLVM to vectorise:
+exact wherever its result is not clipped, and integers give the same. The loops are written for LLVM to vectorize:
 flat indices, no branches, and 32-bit arithmetic in functions of its own, which LLVM narrows before it inlines them.
 """
 
@@ -96,7 +96,7 @@ def brightness(image, factor):
 
 @compiled
 def contrast(image, factor):
-    """Blend with the mean grey."""
+    """Blend with the mean gray."""
     count = image.shape[0] * image.shape[1]
     flat = image.reshape(-1)
     total = np.int64(0)
@@ -109,7 +109,7 @@ def contrast(image, factor):
 
 @compiled
 def saturation(image, factor):
-    """Blend with the grey image."""
+    """Blend with the gray image."""
     factor = np.int32(factor)
     flat = image.reshape(-1)
     for i in range(flat.size // 3):
@@ -119,7 +119,7 @@ def saturation(image, factor):
 
 
 @compiled
-def grey(image):
+def gray(image):
     flat = image.reshape(-1)
     for i in range(flat.size // 3):
         shade = np.uint8(luma(flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]))
@@ -143,8 +143,8 @@ def hue(image, shift):
 
 
 @compiled
-def fill(image, top, left, height, width, colour):
-    """Give a box one colour."""
+def fill(image, top, left, height, width, color):
+    """Give a box one color."""
     flat, stride, length = image.reshape(-1), 3 * image.shape[1], 3 * width
     first = top * stride + 3 * left
     for y in range(height):
@@ -153,7 +153,7 @@ def fill(image, top, left, height, width, colour):
             _copy(flat[first : first + length], row)
             continue
         for x in range(width):
-            row[3 * x], row[3 * x + 1], row[3 * x + 2] = colour[0], colour[1], colour[2]
+            row[3 * x], row[3 * x + 1], row[3 * x + 2] = color[0], color[1], color[2]
 
 
 @compiled
@@ -255,7 +255,7 @@ def _look_up(image, table):
 
 @compiled
 def _to_hsv(red, green, blue):
-    """Pillow's rgb2hsv_row. Branchless: black and greys come out with hue 0 and saturation 0 too."""
+    """Pillow's rgb2hsv_row. Branchless: black and grays come out with hue 0 and saturation 0 too."""
     high, low = max(red, max(green, blue)), min(red, min(green, blue))
     chroma = np.float32(max(np.int32(high - low), np.int32(1)))
     reds, greens = np.float32(np.int32(high - red)) / chroma, np.float32(np.int32(high - green)) / chroma
@@ -272,7 +272,7 @@ def _to_hsv(red, green, blue):
     return np.int32(turn * 255.0), np.int32(share * 255.0), high
 
 
-@njit(nogil=True, error_model="numpy", inline="always")  # compiled by itself it becomes a switch: not vectorised
+@njit(nogil=True, error_model="numpy", inline="always")  # compiled by itself it becomes a switch: not vectorized
 def _to_rgb(turned, saturated, high):
     """Pillow's hsv2rgb."""
     sixths = np.float64(turned) * 6.0 / 255.0

@@ -26,7 +26,7 @@ def resize(image, top, left, height, width, flip, scratch, out):
 @compiled
 def _resize_columns(rows, top, start, height, flip, out):
     """Resize `height` rows from `top`, from their value `start` on, along the columns, and turn the result: row y
-    becomes column y of `out`, or column S - 1 - y if `flip`. So both passes run along the columns, which vectorises."""
+    becomes column y of `out`, or column S - 1 - y if `flip`. So both passes run along the columns, which vectorizes."""
     pixels, size = out.shape[0], out.shape[1] // 3
     length = 3 * pixels
     first, count, weights = _filter(height, size)
@@ -61,12 +61,12 @@ def _filter(length, size):
     first, count, weights = np.empty(size, np.int64), np.empty(size, np.int64), np.empty((size, taps), np.int32)
     share = np.empty(taps, np.float64)
     for i in range(size):
-        centre = (i + 0.5) * scale
-        low = max(np.int64(0), np.int64(centre - reach + 0.5))
-        high = min(length, np.int64(centre + reach + 0.5))
+        center = (i + 0.5) * scale
+        low = max(np.int64(0), np.int64(center - reach + 0.5))
+        high = min(length, np.int64(center + reach + 0.5))
         total = 0.0
         for k in range(high - low):
-            distance = abs((k + low - centre + 0.5) * (1.0 / reach))
+            distance = abs((k + low - center + 0.5) * (1.0 / reach))
             share[k] = 1.0 - distance if distance < 1.0 else 0.0
             total += share[k]
         for k in range(high - low):

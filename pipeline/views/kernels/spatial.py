@@ -44,7 +44,7 @@ def sine(angle):
 
 @compiled
 def rotation(angle, height, width):
-    """Coefficients of a counter-clockwise turn about the centre by `angle` / DEGREE degrees, as Image.rotate has."""
+    """Coefficients of a counter-clockwise turn about the center by `angle` / DEGREE degrees, as Image.rotate has."""
     sin, cos = sine(angle), sine(angle + 90 * DEGREE)
     across = (_UNIT * width - cos * width + sin * height) >> 1
     down = (_UNIT * height - sin * width - cos * height) >> 1
@@ -56,7 +56,7 @@ def affine(source, target, a, b, c, d, e, f, fill):
     """Bilinear; `fill`, three integers, where the source position is outside the image.
 
     Pillow's doubles are exact for such coefficients, and so is this arithmetic: positions have 21 fractional bits,
-    the value between four pixels 42, of which Pillow drops all. Row by row, in loops that vectorise but for the
+    the value between four pixels 42, of which Pillow drops all. Row by row, in loops that vectorize but for the
     middle one, which fetches the four pixels.
     """
     width, stride = target.shape[1], 3 * target.shape[1]
@@ -145,12 +145,12 @@ def sharpness(source, target, factor):
         result[:3] = row[:3]
         result[-3:] = row[-3:]
         for i in range(stride - 6):
-            centre = np.int32(row[i + 3])
+            center = np.int32(row[i + 3])
             total = np.int32(above[i]) + np.int32(above[i + 3]) + np.int32(above[i + 6])
-            total += np.int32(row[i]) + 5 * centre + np.int32(row[i + 6])
+            total += np.int32(row[i]) + 5 * center + np.int32(row[i + 6])
             total += np.int32(below[i]) + np.int32(below[i + 3]) + np.int32(below[i + 6])
             smooth = np.int32(np.int32(np.int32(total + 6) * 5042) >> 16)  # = (total + 6) // 13 up to 255 * 13 + 6
-            result[i + 3] = interpolate(smooth, centre, factor)
+            result[i + 3] = interpolate(smooth, center, factor)
 
 
 @compiled

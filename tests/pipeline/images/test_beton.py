@@ -27,7 +27,7 @@ from softshard.pipeline.images.beton import (
 )
 from softshard.pipeline.images.jpeg import decode, decodes
 from softshard.pipeline.runtime.errors import DataError, FormatError
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader, _uncompiled
 
 # Layout
@@ -46,7 +46,7 @@ def test_stock_ffcv_reads_the_same_images(digits: Beton, cpu: torch.device) -> N
             pipelines={"image": [decoder]},
         )
         [(pixels, labels)] = stock
-    [batch] = ViewLoader(digits, None, 28, len(digits), 1, cpu).render(np.arange(len(digits)), CENTRE)
+    [batch] = ViewLoader(digits, None, 28, len(digits), 1, cpu).render(np.arange(len(digits)), CENTER)
     difference = np.abs(pixels.astype(int) - batch.images.permute(0, 2, 3, 1).numpy())
     assert difference.max() <= 6
     assert difference.mean() < 1
@@ -191,7 +191,7 @@ def test_tables_that_make_no_sense(row: dict, table: dict, message: str, packed:
     [
         ({"version": 2}, "found problems: version: "),
         ({"format": "softshard-labels"}, "found problems: format: "),
-        ({"colour": "red"}, "found problems: colour: Extra inputs"),
+        ({"color": "red"}, "found problems: color: Extra inputs"),
         ({"keys": ["a/0.jpg"]}, "differ in length"),
         ({"crc32": [0]}, "differ in length"),
         ({"crc32": [0, 1, 2, -3]}, "found problems: crc32.3: "),

@@ -128,19 +128,19 @@ def test_small_and_odd_sizes_decode_as_with_pillow(layout: str, photographs: lis
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_grey_and_rgb_jpegs_decode_as_with_pillow(mode: str, progressive: bool, photographs: list[Image.Image]) -> None:
+def test_gray_and_rgb_jpegs_decode_as_with_pillow(mode: str, progressive: bool, photographs: list[Image.Image]) -> None:
     for image in (photographs[0], photographs[1].resize((33, 50))):
         data = encode(image.convert(mode), progressive=progressive, keep_rgb=True)
         np.testing.assert_array_equal(decode(data, image.height, image.width), pillow(data))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "grey"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "gray"])
 def test_crops_are_cut_from_the_whole(layout: str, progressive: bool, photographs: list[Image.Image]) -> None:
     """Bit for bit, at every scale: upsampling at the edges of what was decoded never shows."""
     rng = np.random.default_rng(1)
     for image in (photographs[0].resize((201, 157)), noisy(rng, 119, 150)):
-        if layout == "grey":
+        if layout == "gray":
             data, height, width = encode(image.convert("L"), progressive=progressive), image.height, image.width
         else:
             data, height, width = laid_out(image, layout, whole_units=progressive, progressive=progressive)
@@ -269,7 +269,7 @@ def test_other_precisions_are_refused(precision: int, photographs: list[Image.Im
 
 
 @pytest.mark.parametrize("transform", [0, 2])
-def test_four_colours_are_refused(transform: int, photographs: list[Image.Image]) -> None:
+def test_four_colors_are_refused(transform: int, photographs: list[Image.Image]) -> None:
     """CMYK, or YCCK where the Adobe marker says so."""
     data = encode(photographs[0].convert("CMYK"))
     data = edit(data, data.index(b"Adobe") + 11, transform)

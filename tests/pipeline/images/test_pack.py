@@ -26,7 +26,7 @@ from softshard.pipeline.images.pack import _eight_bits, encode
 from softshard.pipeline.recipes.recipe import PackRecipe
 from softshard.pipeline.recipes.yaml_file import load_recipe
 from softshard.pipeline.runtime.errors import DataError
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 
 ORIENTATION = 0x0112
@@ -156,7 +156,7 @@ def test_a_photograph_with_others_behind_it_passes_through(root: Path, photograp
     manifest, beton = pack_folder(root)
     assert manifest.converted == {}
     assert jpeg(beton, 2) == data
-    [batch] = ViewLoader(beton, None, 77, 8, 1, torch.device("cpu")).render(np.array([2]), CENTRE)
+    [batch] = ViewLoader(beton, None, 77, 8, 1, torch.device("cpu")).render(np.array([2]), CENTER)
     expected = np.asarray(read(data).crop((12, 0, 89, 77)), int)
     difference = np.abs(batch.images[0].permute(1, 2, 0).numpy() - expected)
     assert difference.mean() < 4, "turbojpeg's fast inverse DCT and PIL's exact one differ by a few steps"
@@ -175,7 +175,7 @@ def test_a_jpeg_that_only_pil_decodes_is_converted(root: Path, photographs: list
 
 
 def palette(crop: Image.Image) -> bytes:
-    """Eight colours, the first of them transparent."""
+    """Eight colors, the first of them transparent."""
     return encoded(crop.quantize(8, dither=Image.Dither.NONE), "PNG", transparency=0)
 
 
@@ -189,7 +189,7 @@ def with_alpha(mode: str) -> Callable[[Image.Image], bytes]:
     return make
 
 
-def deep_colour(crop: Image.Image) -> bytes:
+def deep_color(crop: Image.Image) -> bytes:
     """A PNG of three channels with 16 bits, which PIL cannot write: OpenCV does."""
     done, data = cv2.imencode(".png", np.asarray(crop).astype(np.uint16)[..., ::-1] * 257)
     assert done
@@ -209,7 +209,7 @@ def adobe(crop: Image.Image) -> bytes:
         (palette, "png"),
         (with_alpha("RGB"), "png"),
         (with_alpha("L"), "png"),
-        (deep_colour, "png"),
+        (deep_color, "png"),
         (adobe, "cmyk"),
         (lambda crop: encoded(crop, "WEBP", lossless=True), "webp"),
         (lambda crop: encoded(crop, "GIF"), "gif"),
@@ -224,7 +224,7 @@ def test_odd_images_look_as_pil_sees_them(
     assert_alike(read(result.jpeg), read(data), 5.0 if kind == "gif" else 2.5)
 
 
-def grey16(values: np.ndarray, kind: str) -> bytes:
+def gray16(values: np.ndarray, kind: str) -> bytes:
     if kind == "PPM":  # PIL writes it, but reads it as 32-bit integers
         return b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes()
     big_endian = kind == "TIFF"
@@ -232,22 +232,22 @@ def grey16(values: np.ndarray, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_is_scaled(kind: str, photographs: list[Image.Image]) -> None:
+def test_16_bit_gray_is_scaled(kind: str, photographs: list[Image.Image]) -> None:
     """PIL would clip at 255: nearly white."""
-    grey = np.asarray(photographs[0].crop((200, 100, 301, 177)).convert("L"))
-    noise = np.random.default_rng(0).integers(-128, 129, grey.shape)
-    result = encode(grey16((grey.astype(int) * 257 + noise).clip(0, 65535), kind), None)
+    gray = np.asarray(photographs[0].crop((200, 100, 301, 177)).convert("L"))
+    noise = np.random.default_rng(0).integers(-128, 129, gray.shape)
+    result = encode(gray16((gray.astype(int) * 257 + noise).clip(0, 65535), kind), None)
     assert result.reason == "16-bit"
-    assert_alike(read(result.jpeg), Image.fromarray(grey))
+    assert_alike(read(result.jpeg), Image.fromarray(gray))
 
 
-def test_16_bit_grey_is_rounded() -> None:
+def test_16_bit_gray_is_rounded() -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     scaled = np.asarray(_eight_bits(Image.fromarray(values)))
     np.testing.assert_array_equal(scaled, np.rint(values / 257))
 
 
-def test_16_bit_grey_is_turned_upright() -> None:
+def test_16_bit_gray_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     values = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)

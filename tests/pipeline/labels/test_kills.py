@@ -1,4 +1,4 @@
-"""Labelling that is killed at any moment, shared between launches, or both, ends in the same store."""
+"""Labeling that is killed at any moment, shared between launches, or both, ends in the same store."""
 
 import random
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.small_runs import LABEL, make_inputs, write_recipe
 from helpers.small_stores import files_of
-from helpers.workers import finish, kill, labelling, start
+from helpers.workers import finish, kill, labeling, start
 
 from softshard.pipeline.store.store import open_store
 
@@ -25,10 +25,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(recipe: Path) -> tuple[dict[str, bytes], float]:
     """The files of a store that one process made without interruption, and the seconds it took."""
     store = recipe.parent / "labels.zarr"
-    finish(start(labelling(recipe, store), 1))  # the server imports everything
+    finish(start(labeling(recipe, store), 1))  # the server imports everything
     shutil.rmtree(store)
     started = time.monotonic()
-    assert finish(start(labelling(recipe, store), 1)) == [0]
+    assert finish(start(labeling(recipe, store), 1)) == [0]
     return files_of(store), time.monotonic() - started
 
 
@@ -37,19 +37,19 @@ def test_twenty_kills_at_random_moments_end_in_the_same_store(
     recipe: Path, uninterrupted: tuple[dict[str, bytes], float], tmp_path: Path, processes: int, kills: int
 ) -> None:
     expected, seconds = uninterrupted
-    moments, labelled, store = random.Random(processes), [], tmp_path / "labels.zarr"
+    moments, labeled, store = random.Random(processes), [], tmp_path / "labels.zarr"
     for _ in range(kills):
-        workers = start(labelling(recipe, store), processes)
+        workers = start(labeling(recipe, store), processes)
         time.sleep(moments.uniform(0.3, 1.0) * seconds)
         running = any(worker.is_alive() for worker in workers)
         kill(workers)
-        labelled.append(int(open_store(store).coverage().sum()) if store.exists() else 0)
+        labeled.append(int(open_store(store).coverage().sum()) if store.exists() else 0)
         if not running:  # it was done before it could be killed
             assert files_of(store) == expected
             shutil.rmtree(store)
-    assert finish(start(labelling(recipe, store), processes)) == [0] * processes
+    assert finish(start(labeling(recipe, store), processes)) == [0] * processes
     assert files_of(store) == expected
-    assert any(0 < blocks < 90 for blocks in labelled), f"no kill came while blocks were written: {labelled}"
+    assert any(0 < blocks < 90 for blocks in labeled), f"no kill came while blocks were written: {labeled}"
 
 
 def test_launches_at_once_share_the_views(
@@ -57,7 +57,7 @@ def test_launches_at_once_share_the_views(
 ) -> None:
     parts = [range(5), range(5, 8), range(8, 10)]
     launches = [
-        start(labelling(recipe, tmp_path / "labels.zarr", part), processes)
+        start(labeling(recipe, tmp_path / "labels.zarr", part), processes)
         for processes, part in zip((2, 1, 1), parts, strict=True)
     ]
     assert [finish(workers) for workers in launches] == [[0, 0], [0], [0]]
@@ -67,6 +67,6 @@ def test_launches_at_once_share_the_views(
 def test_launches_at_once_on_the_same_views_are_harmless(
     recipe: Path, uninterrupted: tuple[dict[str, bytes], float], tmp_path: Path
 ) -> None:
-    launches = [start(labelling(recipe, tmp_path / "labels.zarr"), 1) for _ in range(2)]
+    launches = [start(labeling(recipe, tmp_path / "labels.zarr"), 1) for _ in range(2)]
     assert [finish(workers) for workers in launches] == [[0], [0]]
     assert files_of(tmp_path / "labels.zarr") == uninterrupted[0]

@@ -42,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store_path(inputs: Path) -> Path:
-    """A store labelled without interruption by one process."""
+    """A store labeled without interruption by one process."""
     assert label(label_recipe(inputs))
     return inputs / "labels.zarr"
 
@@ -115,7 +115,7 @@ label(load_recipe(LabelRecipe, Path(sys.argv[1]), [("store", sys.argv[2])]))
 """
 
 
-def test_labelling_goes_on_after_a_kill_and_ends_the_same(inputs: Path, store_path: Path, other_store: Path) -> None:
+def test_labeling_goes_on_after_a_kill_and_ends_the_same(inputs: Path, store_path: Path, other_store: Path) -> None:
     recipe = write_recipe(inputs, "killed", LABEL)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(recipe), str(other_store)], capture_output=True, timeout=120
@@ -263,7 +263,7 @@ def test_views_added_later_are_those_of_a_larger_store(inputs: Path, other_store
     assert open_store(other_store).manifest.views.count == 5
 
 
-def test_a_part_of_the_views_is_labelled(inputs: Path, store_path: Path, other_store: Path) -> None:
+def test_a_part_of_the_views_is_labeled(inputs: Path, store_path: Path, other_store: Path) -> None:
     recipe = label_recipe(inputs, ("store", str(other_store)))
     assert label(recipe, range(1, 2))
     assert open_store(other_store).coverage().tolist() == [0, 3, 0]

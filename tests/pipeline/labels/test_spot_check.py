@@ -1,4 +1,4 @@
-"""Labelling a sample again: silent when the labels are the teacher's, a line for each that is not."""
+"""Labeling a sample again: silent when the labels are the teacher's, a line for each that is not."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from softshard.pipeline.__main__ import main
 from softshard.pipeline.labels.label import label
-from softshard.pipeline.labels.spot_check import codes_differences, relabel
+from softshard.pipeline.labels.spot_check import codes_differences, spot_check
 from softshard.pipeline.store.store import block_digest, open_store, template_digest
 from softshard.pipeline.store.topk import Codes, encode
 
@@ -53,14 +53,14 @@ def test_the_teachers_own_labels_are_whole(inputs: Path, capsys: pytest.CaptureF
         "{views: 2}",
     )
     assert main(words) == 0
-    assert "50 views labelled again, 0.0" in capsys.readouterr().out
+    assert "50 views labeled again, 0.0" in capsys.readouterr().out
 
 
 def test_labels_of_another_view_are_found(inputs: Path, other: Path) -> None:
     store = open_store(other)
     for block in range(store.blocks):
         write(other, 2, block, store.read_block(1, block))
-    report = relabel(label_recipe(inputs, TEMPLATE, ("store", str(other))), 60, 0)
+    report = spot_check(label_recipe(inputs, TEMPLATE, ("store", str(other))), 60, 0)
     assert len(report.problems) > 10
     assert all("labels.zarr: view 2 of " in problem for problem in report.problems)
 
@@ -71,7 +71,7 @@ def test_a_template_of_other_images_is_found(inputs: Path, other: Path) -> None:
         wrong = store.read_template(block)[::-1]
         plain_array(other, "tail_template")[store.rows(block)] = wrong
         plain_array(other, "template_digest")[block] = template_digest(block, wrong)
-    report = relabel(label_recipe(inputs, TEMPLATE, ("store", str(other))), 20, 0)
+    report = spot_check(label_recipe(inputs, TEMPLATE, ("store", str(other))), 20, 0)
     assert report.problems
     assert all("tail template of" in problem for problem in report.problems)
 

@@ -143,11 +143,11 @@ def test_train_recipe_problems(tmp_path: Path, text: str, expected: str) -> None
     ("optimizer", "expected"),
     [
         # an unknown name, or one that cannot be used, says nothing about the rate
-        ("lr: 50, name: lambb", "name: expected an optimiser of timm.optim, near: lamb, lambw, lambc (got 'lambb')"),
-        ("lr: 50, name: qqqq", "name: expected an optimiser of timm.optim, near: adamw, lamb, sgd (got 'qqqq')"),
+        ("lr: 50, name: lambb", "name: expected an optimizer of timm.optim, near: lamb, lambw, lambc (got 'lambb')"),
+        ("lr: 50, name: qqqq", "name: expected an optimizer of timm.optim, near: adamw, lamb, sgd (got 'qqqq')"),
         (
             "lr: 50, name: adahessian",
-            "name: expected an optimiser that takes first derivatives alone, such as adamw or lamb (got 'adahessian')",
+            "name: expected an optimizer that takes first derivatives alone, such as adamw or lamb (got 'adahessian')",
         ),
         ("lr: 2.0", "lr: expected 1e-08 to 1, what lamb can work with (got 2)"),
         ("lr: 1e-9", "lr: expected 1e-08 to 1, what lamb can work with (got 1e-09)"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from softshard.pipeline.runtime.threads import AHEAD, in_order
+from softshard.pipeline.runtime.threads import RESULTS_PER_THREAD, in_order
 
 
 def test_results_are_in_the_order_of_the_items() -> None:
@@ -30,7 +30,7 @@ def test_items_are_taken_as_results_are(monkeypatch: pytest.MonkeyPatch) -> None
     results = in_order(lambda item: item, items(), 1000, "work", "item")
     for number in range(20):
         assert next(results) == number
-        assert len(taken) <= number + 2 * AHEAD
+        assert len(taken) <= number + 2 * RESULTS_PER_THREAD
 
 
 @pytest.mark.parametrize("where", ["work", "items"])

@@ -282,9 +282,9 @@ def test_a_damaged_block_of_the_store_stops_it(source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("remove", "message"),
     [
-        (["block_digest/c/1/2"], r"expected all 2 views labelled, found view 1 with 2 of 3 blocks; finish labelling"),
+        (["block_digest/c/1/2"], r"expected all 2 views labeled, found view 1 with 2 of 3 blocks; finish labeling"),
         (["block_digest/c/0/0", "block_digest/c/1/2"], "found view 0 with 2 of 3 blocks, view 1 with 2 of 3 blocks;"),
-        (["template_digest/c/1"], "expected the tail template of all 3 blocks, found 2; finish labelling first"),
+        (["template_digest/c/1"], "expected the tail template of all 3 blocks, found 2; finish labeling first"),
     ],
 )
 def test_a_store_that_is_not_complete_is_refused(source: Path, tmp_path: Path, remove: list[str], message: str) -> None:

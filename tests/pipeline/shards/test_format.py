@@ -316,7 +316,7 @@ def test_a_changed_or_missing_tar_is_named(tmp_path: Path) -> None:
         ({"shards": []}, "differ in the number of samples"),
         ({"shards": [{"name": "../labels-000000.tar", "samples": 2, "digest": ""}]}, "are named labels-000000.tar"),
         ({"shards": [{"name": "labels-000000.tar", "samples": 0, "digest": ""}]}, "greater than or equal to 1"),
-        ({"colour": 1}, "colour: Extra inputs"),
+        ({"color": 1}, "color: Extra inputs"),
         ({"images": True}, "it was damaged or edited"),
         ({"digest": None}, "it was damaged or edited"),
     ],

@@ -27,7 +27,7 @@ def test_the_golden_store_reads_as_it_was_written() -> None:
         codes = store.read_view(view)
         assert {name: getattr(codes, name).tolist() for name in ("index", "gap", "tail")} == expected
     report = verify(GOLDEN / "labels.zarr")
-    assert (report.problems, report.checked) == ([], "4 of 4 blocks labelled, 2 of 2 templates")
+    assert (report.problems, report.checked) == ([], "4 of 4 blocks labeled, 2 of 2 templates")
 
 
 @pytest.mark.parametrize("name", ["uniform", "along"])

@@ -1,4 +1,4 @@
-"""Stores in a bucket: an S3 server on this machine, labelled, read, damaged, grown as on a disk."""
+"""Stores in a bucket: an S3 server on this machine, labeled, read, damaged, grown as on a disk."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_a_store_is_never_created_over_another(bucket) -> None:
     assert open_store(url).manifest == make_manifest()
 
 
-def test_labelling_into_a_bucket_goes_on_and_ends_as_on_a_disk(bucket, tmp_path: Path, capsys) -> None:
+def test_labeling_into_a_bucket_goes_on_and_ends_as_on_a_disk(bucket, tmp_path: Path, capsys) -> None:
     inputs, url = make_inputs(tmp_path), "s3://labels/stage/labels.zarr"
     assert label(label_recipe(inputs))
     assert label(label_recipe(inputs, ("store", url)), range(1))

@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def path(whole: Path, tmp_path: Path) -> Path:
-    """A copy of a fully labelled store, to be damaged."""
+    """A copy of a fully labeled store, to be damaged."""
     return Path(shutil.copytree(whole, tmp_path / "labels.zarr"))
 
 
@@ -99,7 +99,7 @@ def test_resume_continues_with_what_is_missing(tmp_path: Path) -> None:
     assert missing(store) == [(0, 1), (0, 2), (1, 0), (1, 1)]
     assert store.coverage().tolist() == [1, 1, 3]
     assert_equal(store.read_view(2), make_codes(store.manifest, 2))
-    with pytest.raises(DataError, match="view 1: expected all 3 blocks labelled, found 1"):
+    with pytest.raises(DataError, match="view 1: expected all 3 blocks labeled, found 1"):
         store.read_view(1)
     with pytest.raises(DataError, match="view 1, block 0: expected soft labels, found none"):
         store.read_block(1, 0)
@@ -172,7 +172,7 @@ def test_a_second_writer_of_a_block_is_harmless_or_refused(path: Path) -> None:
     codes = store.read_block(0, 1)
     store.write_block(0, 1, codes)
     other = Codes(codes.index, codes.gap, codes.tail ^ np.uint8(1))
-    with pytest.raises(DataError, match=r"view 0, block 1: expected it not labelled yet.*--views"):
+    with pytest.raises(DataError, match=r"view 0, block 1: expected it not labeled yet.*--views"):
         store.write_block(0, 1, other)
     assert files_of(path) == before
 
@@ -277,7 +277,7 @@ class TestTemplate:
     def test_another_template_is_refused(self, path: Path) -> None:
         store = open_store(path)
         store.write_template(0, store.read_template(0))
-        with pytest.raises(DataError, match="tail template, block 0: expected it not labelled yet"):
+        with pytest.raises(DataError, match="tail template, block 0: expected it not labeled yet"):
             store.write_template(0, store.read_template(0) ^ np.uint8(1))
 
 

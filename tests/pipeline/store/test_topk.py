@@ -226,10 +226,10 @@ def test_the_tail_lies_along_the_template(seed: int, classes: int, temperature: 
     template = torch.randint(0, 256, (4, classes), generator=generator, dtype=torch.uint8)
     soft = decode(*codes.tensors(), classes, temperature, template)
     expected = dense_along(codes, template, temperature)
-    assert soft.tail_share is not None
-    found = (soft.tail[:, None] * soft.tail_share).scatter(1, soft.index, soft.probability)
+    assert soft.tail_distribution is not None
+    found = (soft.tail[:, None] * soft.tail_distribution).scatter(1, soft.index, soft.probability)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(soft.tail_share.sum(dim=1), torch.ones(4))
+    torch.testing.assert_close(soft.tail_distribution.sum(dim=1), torch.ones(4))
 
 
 @given(random_codes(), st.sampled_from([0.5, 1.0, 2.0, 20.0]))

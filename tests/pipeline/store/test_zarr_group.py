@@ -35,7 +35,7 @@ from softshard.pipeline.store.topk import Codes
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A fully labelled store, to be damaged."""
+    """A fully labeled store, to be damaged."""
     fill(create(tmp_path / "labels.zarr", make_manifest()))
     return tmp_path / "labels.zarr"
 
@@ -75,7 +75,7 @@ def test_a_flipped_or_lost_byte_anywhere_is_caught(tmp_path: Path) -> None:
     read_all(path)
 
 
-def test_a_damaged_digest_is_named_when_labelling_resumes(path: Path) -> None:
+def test_a_damaged_digest_is_named_when_labeling_resumes(path: Path) -> None:
     file = path / "block_digest" / "c" / "1" / "2"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     store = open_store(path)
@@ -115,7 +115,7 @@ def test_a_whole_block_in_another_place_is_caught(path: Path) -> None:
         open_store(path).read_view(1)
 
 
-def test_a_damaged_block_is_labelled_again_as_its_error_says(path: Path) -> None:
+def test_a_damaged_block_is_labeled_again_as_its_error_says(path: Path) -> None:
     before = files_of(path)
     for block in (0, 2):  # a full one and the short last one
         for array in ("topk_index/c/1/{}/0", "topk_gap/c/1/{}/0", "tail/c/1/{}"):
@@ -155,7 +155,7 @@ def test_chunks_of_fill_values_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", range(4))
-def test_a_full_disk_leaves_the_block_not_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+def test_a_full_disk_leaves_the_block_not_labeled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     store = create(tmp_path / "labels.zarr", make_manifest())
     fill(store, [(0, 0)])
     with monkeypatch.context() as patch:
@@ -250,7 +250,7 @@ def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
         (replaced(lambda path: zarr.open_group(path, mode="w")), FormatError, "found no manifest"),
         (edit_manifest("format", "softshard-beton"), FormatError, "found format softshard-beton"),
         (edit_manifest("version", 2), FormatError, "format version 2, this softshard reads 1"),
-        (edit_manifest("colour", 1), FormatError, "colour: Extra inputs"),
+        (edit_manifest("color", 1), FormatError, "color: Extra inputs"),
         (edit_manifest("top_k", "three"), FormatError, "top_k: Input should be a valid integer"),
         (lambda path: (path / "zarr.json").write_text("{"), FormatError, "expected a store of labels"),
         (edit_manifest("class_list_digest", "abd", resealed=False), FormatError, "it was damaged or edited"),

@@ -35,12 +35,12 @@ from softshard.pipeline.views.contact_sheet import (
     view_ranges,
     wrap,
 )
-from softshard.pipeline.views.describe import Explanation, explain, operation_in_words
+from softshard.pipeline.views.describe import ViewDescription, describe_view, operation_in_words
 from softshard.pipeline.views.kernels import color, spatial
 from softshard.pipeline.views.kernels.rng import ONE
 from softshard.pipeline.views.loader import ViewLoader
-from softshard.pipeline.views.parameters import MEAN_COLOUR, view_parameters
-from softshard.pipeline.views.render import SHARE_BITS, operate
+from softshard.pipeline.views.parameters import MEAN_COLOR, view_parameters
+from softshard.pipeline.views.render import LAM_BITS, operate
 
 SIZE = 40
 RECIPES = {
@@ -86,7 +86,7 @@ def render(
     return main(["render", "--config", str(config), "--keys", keys, "--views", views, "--out", str(out), *rest])
 
 
-def replay(beton: Beton, row: int, explanation: Explanation, size: int) -> np.ndarray:
+def replay(beton: Beton, row: int, explanation: ViewDescription, size: int) -> np.ndarray:
     """What an explanation says, without the loader: Pillow decodes, crops and resizes."""
     top, left, height, width = explanation.crop
     image = Image.open(io.BytesIO(jpeg(beton, row))).convert("RGB").crop((left, top, left + width, top + height))
@@ -97,13 +97,13 @@ def replay(beton: Beton, row: int, explanation: Explanation, size: int) -> np.nd
     for operation, argument in explanation.operations:
         operate(operation, argument, pixels, spare)
     for box in explanation.erased:
-        color.fill(pixels, *box, MEAN_COLOUR)
+        color.fill(pixels, *box, MEAN_COLOR)
     return pixels
 
 
-def mix(explanation: Explanation, share: float, pixels: np.ndarray, other: np.ndarray) -> None:
+def mix(explanation: ViewDescription, lam: float, pixels: np.ndarray, other: np.ndarray) -> None:
     if explanation.kind == mixing.MIXUP:
-        color.blend(pixels, other, int(share * ONE) >> SHARE_BITS)
+        color.blend(pixels, other, int(lam * ONE) >> LAM_BITS)
     else:
         color.paste(pixels, other, *explanation.cut)
 
@@ -121,8 +121,8 @@ def test_pixels_are_what_the_explanation_says(photos: Beton, name: str) -> None:
             )
             expected = replay(photos, row, found, SIZE)
             if found.partner >= 0:
-                partner = explain(photos, parameters, found.partner, number, SIZE)
-                mix(found, tile.share, expected, replay(photos, found.partner, partner, SIZE))
+                partner = describe_view(photos, parameters, found.partner, number, SIZE)
+                mix(found, tile.lam, expected, replay(photos, found.partner, partner, SIZE))
             np.testing.assert_array_equal(tile.pixels, expected, f"view {number} of row {row}: {tile.words}")
     assert len(seen) >= {"crop": 2, "RandAugment": 15, "TrivialAugment": 10, "ThreeAugment": 8, "mixing": 5}[name]
 
@@ -224,7 +224,7 @@ def test_keys_may_be_given_one_by_one(photos: Beton) -> None:
 def test_words_stay_in_their_place(photos: Beton, size: int, count: int) -> None:
     """Words run neither into the next column nor into a picture nor into the next row."""
     words = ["a line that is far too long for its column, so that it is broken", "m" * 200, "erased", "n/" * 90]
-    explanation = explain(photos, view_parameters(ViewRecipe(seed=0, count=1)), 0, 0, size)
+    explanation = describe_view(photos, view_parameters(ViewRecipe(seed=0, count=1)), 0, 0, size)
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     tiles = [
         [Tile(10**17, picture, explanation, 1.0, words[: row + column + 1]) for column in range(count)]
@@ -276,7 +276,7 @@ def test_view_ranges() -> None:
     [
         ({"keys": "temple/8x9.jpg"}, ["--keys", "found 'temple/8x9.jpg'", "temple/8x8.jpg"]),
         ({"keys": "8x8.jpg"}, ["found '8x8.jpg'", "temple/8x8.jpg", "flower/8x8.jpg"]),
-        ({"keys": "tempel/8x8.jpg,,flower/grey.JPEG"}, ["found 'tempel/8x8.jpg'", "temple/8x8.jpg", "found ''"]),
+        ({"keys": "tempel/8x8.jpg,,flower/gray.JPEG"}, ["found 'tempel/8x8.jpg'", "temple/8x8.jpg", "found ''"]),
         ({"views": "0-8"}, ["--views: expected numbers from 0 to 7", "found 8"]),
         ({"views": "5-3"}, ["--views: expected ranges that go up", "3-5"]),
         ({"views": "1;2"}, ["--views: expected numbers and ranges", "'1;2'"]),

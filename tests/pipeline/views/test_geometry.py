@@ -13,9 +13,9 @@ from torchvision.transforms import RandomResizedCrop
 
 from softshard.pipeline.recipes.recipe import CropRecipe, ViewRecipe
 from softshard.pipeline.views import geometry
-from softshard.pipeline.views.geometry import CENTRE, view_geometry
+from softshard.pipeline.views.geometry import CENTER, view_geometry
 from softshard.pipeline.views.kernels.rng import ONE, draw_below, stream
-from softshard.pipeline.views.parameters import centre_fraction, view_parameters
+from softshard.pipeline.views.parameters import center_fraction, view_parameters
 
 RECIPE = ViewRecipe(seed=7, count=100)
 PARAMETERS = view_parameters(RECIPE)
@@ -98,7 +98,7 @@ def test_compiled_parameters_equal_uncompiled_ones() -> None:
     recipes = [CropRecipe(), CropRecipe(scale=(0.9, 1.0), ratio=(0.1, 7.0)), None]
     parameters = [view_parameters(ViewRecipe(seed=2**64 - 1, count=1, crop=crop)) for crop in recipes]
     sizes = [(375, 500), (4000, 6000), (33, 1000), (1, 1)]
-    cases = list(itertools.product([0, 3, 2**63, 2**64 - 1], [0, 1, 99, CENTRE], sizes, parameters))
+    cases = list(itertools.product([0, 3, 2**63, 2**64 - 1], [0, 1, 99, CENTER], sizes, parameters))
     compiled = [box_of(key, view, *size, parameters) for key, view, size, parameters in cases]
     with uncompiled():
         for (key, view, (height, width), parameters), expected in zip(cases, compiled, strict=True):
@@ -159,12 +159,12 @@ def test_a_crop_may_be_as_wide_or_as_high_as_the_image(ratio: float, axis: int) 
 
 
 def test_both_ends_of_the_scale_are_drawn() -> None:
-    """Of two neighbouring areas, about 24 and 48 pixels of 5000 x 5000."""
+    """Of two neighboring areas, about 24 and 48 pixels of 5000 x 5000."""
     recipe = ViewRecipe(seed=5, count=1, crop=CropRecipe(scale=(1 / ONE, 2 / ONE), ratio=(1.0, 1.0)))
     assert set(boxes(recipe, 50, 5000, 5000)[:, 2]) == {5, 7}
 
 
-def test_aspects_are_centred_in_their_range() -> None:
+def test_aspects_are_centered_in_their_range() -> None:
     """4096 of them, the middles of equal steps in log space: a range around 1 gives a ratio and its inverse."""
     roots = view_parameters(ViewRecipe(seed=0, count=1, crop=CropRecipe(ratio=(0.5, 2.0)))).sqrt_aspect / ONE
     assert roots * roots[::-1] == pytest.approx(1, abs=4 / ONE)
@@ -173,44 +173,44 @@ def test_aspects_are_centred_in_their_range() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(20, 2000), (2000, 20), (100, 1000)])
 def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
-    """Where no try can fit, ten tries end in the centre crop nearest to the allowed aspects."""
+    """Where no try can fit, ten tries end in the center crop nearest to the allowed aspects."""
     crop = CropRecipe(scale=(0.9, 1.0), ratio=(0.75, 1.3333))
     found = box_of(0, 0, height, width, view_parameters(ViewRecipe(seed=0, count=1, crop=crop)))[:4]
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], [0.75, 1.3333])
     assert np.abs(np.array(found) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("centre", [1.0, 0.5])
-def test_without_a_crop_the_view_is_the_centre_square(centre: float) -> None:
-    """Whatever the centre view is: a view is a function of the recipe alone."""
-    parameters = view_parameters(ViewRecipe(seed=0, count=1, crop=None, hflip=0.0), centre)
+@pytest.mark.parametrize("center", [1.0, 0.5])
+def test_without_a_crop_the_view_is_the_center_square(center: float) -> None:
+    """Whatever the center view is: a view is a function of the recipe alone."""
+    parameters = view_parameters(ViewRecipe(seed=0, count=1, crop=None, hflip=0.0), center)
     assert box_of(5, 0, 300, 500, parameters) == (0, 100, 300, 300, False)
 
 
-@pytest.mark.parametrize("centre", [0.001, 0.5, 0.875, 1.0])
-def test_the_centre_square_is_rounded_and_in_the_middle(centre: float) -> None:
-    parameters = view_parameters(RECIPE, centre)
+@pytest.mark.parametrize("center", [0.001, 0.5, 0.875, 1.0])
+def test_the_center_square_is_rounded_and_in_the_middle(center: float) -> None:
+    parameters = view_parameters(RECIPE, center)
     for shorter in range(1, 60):
-        side = max(1, math.floor(shorter * parameters.centre / ONE + 0.5))
+        side = max(1, math.floor(shorter * parameters.center / ONE + 0.5))
         middle, beside = (shorter - side) // 2, (100 - side) // 2
-        assert box_of(0, CENTRE, shorter, 100, parameters) == (middle, beside, side, side, False)
-        assert box_of(0, CENTRE, 100, shorter, parameters) == (beside, middle, side, side, False)
+        assert box_of(0, CENTER, shorter, 100, parameters) == (middle, beside, side, side, False)
+        assert box_of(0, CENTER, 100, shorter, parameters) == (beside, middle, side, side, False)
 
 
-def test_the_centre_view_draws_nothing() -> None:
+def test_the_center_view_draws_nothing() -> None:
     parameters = view_parameters(RECIPE, 0.5)
-    assert {box_of(key, CENTRE, 300, 500, parameters) for key in range(20)} == {(75, 175, 150, 150, False)}
+    assert {box_of(key, CENTER, 300, 500, parameters) for key in range(20)} == {(75, 175, 150, 150, False)}
 
 
 @pytest.mark.parametrize("size", [32, 160, 224, 288])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
-def test_the_centre_crop_is_timms(size: int, crop_pct: float) -> None:
+def test_the_center_crop_is_timms(size: int, crop_pct: float) -> None:
     """timm resizes the shorter side, then crops; a ramp shows which part of the image is left."""
     side = 2000
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, side), (side, 1)).astype(np.uint8)).convert("RGB")
     transform = timm.data.create_transform((3, size, size), is_training=False, crop_pct=crop_pct, normalize=False)
     left, right = (int(transform(ramp)[0, size // 2, column]) for column in (0, -1))  # pyright: ignore
-    box = box_of(0, CENTRE, side, side, view_parameters(None, centre_fraction(size, crop_pct)))
+    box = box_of(0, CENTER, side, side, view_parameters(None, center_fraction(size, crop_pct)))
     half = box[3] / size / 2  # half a pixel of the output, in pixels of the image
     tolerance = 1.5 + 255 * half / side  # torchvision's CenterCrop begins at a whole pixel of the resized image
     assert left == pytest.approx(255 * (box[1] + half) / side, abs=tolerance)

@@ -60,7 +60,7 @@ def test_one_step_in_one_pixel_is_a_warning_that_names_the_libraries(digits, pro
     change_pixels(monkeypatch, change)
     then = manifest(digits, probes, **{"libjpeg-turbo": "1.5.0"})
     message = (
-        rf"store: expected the pixels that were labelled, found others in 1 of 32 golden probes, such as view "
+        rf"store: expected the pixels that were labeled, found others in 1 of 32 golden probes, such as view "
         rf"{probes[4].view} of {probes[4].key}; they differ by 0\.0\d\d of 255 on average; "
         rf"libjpeg-turbo 1\.5\.0 then and \d+\.\d+\.\d+ now$"
     )
@@ -70,13 +70,13 @@ def test_one_step_in_one_pixel_is_a_warning_that_names_the_libraries(digits, pro
 
 @pytest.mark.parametrize("step", [1, -1, 60])
 def test_a_whole_step_everywhere_is_an_error(digits, probes, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shown on grey images, whose thumbnails all have room in both directions."""
+    """Shown on gray images, whose thumbnails all have room in both directions."""
     change_pixels(monkeypatch, lambda images: np.full_like(images, 100))
-    grey = make_probes(digits, VIEWS, 32)
+    gray = make_probes(digits, VIEWS, 32)
     change_pixels(monkeypatch, lambda images: np.full_like(images, 100 + step))
-    message = rf"differ by {abs(step)}\.000 of 255 .*; the libraries are the same, .*; use the libraries that labelled"
+    message = rf"differ by {abs(step)}\.000 of 255 .*; the libraries are the same, .*; use the libraries that labeled"
     with pytest.raises(DataError, match=message):
-        check_probes(digits, manifest(digits, grey), "store")
+        check_probes(digits, manifest(digits, gray), "store")
 
 
 def test_a_part_of_the_images_is_enough(digits: Beton, digit_folder: Path, probes, tmp_path: Path, monkeypatch) -> None:
@@ -91,7 +91,7 @@ def test_a_part_of_the_images_is_enough(digits: Beton, digit_folder: Path, probe
 def test_no_probe_among_the_images_is_a_warning(digits: Beton, digit_folder: Path, probes, tmp_path: Path) -> None:
     others = sorted(set(digits.manifest.keys) - {probe.key for probe in probes})[:4]
     subset = packed_part(digit_folder, others, tmp_path)
-    with pytest.warns(UserWarning, match="found none; whether pixels are those that were labelled is not checked"):
+    with pytest.warns(UserWarning, match="found none; whether pixels are those that were labeled is not checked"):
         check_probes(subset, manifest(digits, probes), "store")
 
 

@@ -1,4 +1,4 @@
-"""Erasing and mixing against timm: rates, boxes, shares and partners."""
+"""Erasing and mixing against timm: rates, boxes, lams and partners."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from softshard.pipeline.recipes.recipe import (
     RandomErasingRecipe,
 )
 from softshard.pipeline.views import geometry, mixing, policies
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.kernels import rng
 from softshard.pipeline.views.kernels.rng import ONE, draw, draw_below, stream
 from softshard.pipeline.views.mixing import (
@@ -35,7 +35,7 @@ from softshard.pipeline.views.mixing import (
     erase_noise_state,
     erasures,
     mix_kind,
-    mix_share,
+    mix_lam,
     partner,
 )
 from softshard.pipeline.views.parameters import ViewParameters
@@ -67,20 +67,20 @@ def boxes_of(p: ViewParameters, size: int, count: int) -> NDArray[np.int64]:
 
 
 @njit
-def fill_mixing(p, states, size, kinds, shares, cuts):
+def fill_mixing(p, states, size, kinds, lams, cuts):
     for i in range(len(states)):
         kinds[i] = mix_kind(p, states[i])
-        shares[i] = mix_share(p, states[i], kinds[i])
-        cuts[i] = cut_box(states[i], shares[i], size)
+        lams[i] = mix_lam(p, states[i], kinds[i])
+        cuts[i] = cut_box(states[i], lams[i], size)
 
 
 def mixing_of(
     p: ViewParameters, count: int, size: int = 224
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Kinds, shares and cut boxes of the first keys."""
-    kinds, shares, cuts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty((count, 4), np.int64)
-    fill_mixing(p, states_of(p, count), size, kinds, shares, cuts)
-    return kinds, shares, cuts
+    """Kinds, lams and cut boxes of the first keys."""
+    kinds, lams, cuts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty((count, 4), np.int64)
+    fill_mixing(p, states_of(p, count), size, kinds, lams, cuts)
+    return kinds, lams, cuts
 
 
 def assert_same_distribution(first: NDArray, second: NDArray) -> None:
@@ -207,8 +207,8 @@ def test_every_box_has_noise_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("erasing_recipe", [None, RandomErasingRecipe()])
-def test_noise_is_normal_around_the_mean_colour(erasing_recipe: RandomErasingRecipe | None) -> None:
-    """What normalised pixels of mean 0 and deviation 1 are before they are normalised, clipped to pixels."""
+def test_noise_is_normal_around_the_mean_color(erasing_recipe: RandomErasingRecipe | None) -> None:
+    """What normalized pixels of mean 0 and deviation 1 are before they are normalized, clipped to pixels."""
     noise = parameters_of(random_erasing=erasing_recipe).noise
     assert noise.shape == (3, 1024)
     assert noise.dtype == np.uint8
@@ -246,29 +246,29 @@ def test_without_recipes_nothing_is_mixed() -> None:
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_shares_follow_their_beta_distribution(kind: str, alpha: float) -> None:
-    kinds, shares, _ = mixing_of(parameters_of(8, **{kind: MixRecipe(alpha=alpha)}), 10_000)
+    kinds, lams, _ = mixing_of(parameters_of(8, **{kind: MixRecipe(alpha=alpha)}), 10_000)
     assert set(kinds) == {MIXUP if kind == "mixup" else CUTMIX}
-    assert shares.min() >= 0
-    assert shares.max() <= ONE
-    assert_same_distribution(shares, rounded_beta(alpha))
+    assert lams.min() >= 0
+    assert lams.max() <= ONE
+    assert_same_distribution(lams, rounded_beta(alpha))
 
 
 def rounded_beta(alpha: float) -> NDArray[np.float64]:
-    """numpy's, in the unit of shares: a thirtieth of Beta(0.2, 0.2) is nearer to 0 than to the next one."""
+    """numpy's, in the unit of lams: a thirtieth of Beta(0.2, 0.2) is nearer to 0 than to the next one."""
     return np.round(np.random.default_rng(0).beta(alpha, alpha, 40_000) * ONE)
 
 
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 97, 224])
 def test_cut_boxes_are_timms(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given the same centre and share; odd boxes reach one pixel further down and right."""
+    """Given the same center and lam; odd boxes reach one pixel further down and right."""
     p = parameters_of(10, cutmix=MixRecipe())
-    _, shares, cuts = mixing_of(p, 2000, size)
-    centres: list[int] = []
-    monkeypatch.setattr(timm_mixup.np.random, "randint", lambda low, high, size=None: centres.pop(0))
+    _, lams, cuts = mixing_of(p, 2000, size)
+    centers: list[int] = []
+    monkeypatch.setattr(timm_mixup.np.random, "randint", lambda low, high, size=None: centers.pop(0))
     odd = 0
-    for state, share, (top, left, height, width) in zip(states_of(p, 2000), shares, cuts, strict=True):
-        centres += [int(draw_below(state, MIX_WORD + 4, size)), int(draw_below(state, MIX_WORD + 5, size))]
-        low, high, start, end = timm_mixup.rand_bbox((3, size, size), share / ONE)
+    for state, lam, (top, left, height, width) in zip(states_of(p, 2000), lams, cuts, strict=True):
+        centers += [int(draw_below(state, MIX_WORD + 4, size)), int(draw_below(state, MIX_WORD + 5, size))]
+        low, high, start, end = timm_mixup.rand_bbox((3, size, size), lam / ONE)
         assert (top, top + height, left, left + width) == (low, high, start, end)
         odd += height % 2
     assert odd > 100 or size < 3
@@ -278,21 +278,21 @@ def test_cut_boxes_are_distributed_as_timms() -> None:
     np.random.seed(0)
     cuts = mixing_of(parameters_of(11, cutmix=MixRecipe(alpha=1.0)), 6000)[2]
     low, high, start, end = np.array(
-        [timm_mixup.rand_bbox((3, 224, 224), share) for share in np.random.beta(1.0, 1.0, 6000)]
+        [timm_mixup.rand_bbox((3, 224, 224), lam) for lam in np.random.beta(1.0, 1.0, 6000)]
     ).T
     for ours, theirs in zip(cuts.T, (low, start, high - low, end - start), strict=True):
         assert_same_distribution(ours, theirs)
     assert_same_distribution(cuts[:, 2] * cuts[:, 3], (high - low) * (end - start))
 
 
-@pytest.mark.parametrize("share", [0, 1, ONE // 3, ONE - 1, ONE])
-def test_cut_boxes_lie_inside_the_view_at_every_size(share: int) -> None:
+@pytest.mark.parametrize("lam", [0, 1, ONE // 3, ONE - 1, ONE])
+def test_cut_boxes_lie_inside_the_view_at_every_size(lam: int) -> None:
     for size, state in itertools.product(range(1, 401), states_of(parameters_of(12), 20)):
-        top, left, height, width = cut_box(state, np.int64(share), size)
+        top, left, height, width = cut_box(state, np.int64(lam), size)
         assert min(top, left, height, width) >= 0
         assert max(top + height, left + width) <= size
-        assert share < ONE or height == width == 0
-        assert share > 0 or max(top, size - top - height) <= size // 2
+        assert lam < ONE or height == width == 0
+        assert lam > 0 or max(top, size - top - height) <= size // 2
 
 
 def test_every_size_cuts_the_same_part() -> None:
@@ -303,12 +303,12 @@ def test_every_size_cuts_the_same_part() -> None:
 
 
 def test_shares_and_places_are_independent() -> None:
-    kinds, shares, _ = mixing_of(parameters_of(14, mixup=MixRecipe(), cutmix=MixRecipe()), 8000)
+    kinds, lams, _ = mixing_of(parameters_of(14, mixup=MixRecipe(), cutmix=MixRecipe()), 8000)
     states = states_of(parameters_of(14), 8000)
     down, across = ([int(draw_below(state, MIX_WORD + k, 1000)) for state in states] for k in (4, 5))
     p = parameters_of(14, mixup=MixRecipe(), cutmix=MixRecipe())
     partners = [int(partner(p, np.uint64(key), 0, 1000)) for key in range(8000)]
-    correlations = np.corrcoef(np.array([kinds, shares, down, across, partners], float))
+    correlations = np.corrcoef(np.array([kinds, lams, down, across, partners], float))
     assert np.abs(correlations - np.eye(5)).max() < 4.5 / math.sqrt(8000)
 
 
@@ -337,9 +337,9 @@ def test_a_view_has_a_partner_exactly_when_it_is_mixed() -> None:
     assert 0.4 < (kinds == UNMIXED).mean() < 0.6
 
 
-def test_the_centre_view_is_never_mixed() -> None:
+def test_the_center_view_is_never_mixed() -> None:
     p = parameters_of(18, mixup=MixRecipe(), cutmix=MixRecipe())
-    assert {int(partner(p, np.uint64(key), CENTRE, 50)) for key in range(500)} == {-1}
+    assert {int(partner(p, np.uint64(key), CENTER, 50)) for key in range(500)} == {-1}
 
 
 # All together
@@ -372,7 +372,7 @@ def test_no_two_decisions_read_the_same_word() -> None:
         for number in range(mixing.erasures(full, state)):
             mixing.erase_box(full, state, number, 100)
             mixing.erase_noise_state(state, number)
-        mixing.mix_share(full, state, mixing.mix_kind(full, state))
+        mixing.mix_lam(full, state, mixing.mix_kind(full, state))
         mixing.cut_box(state, ONE // 2, 100)
     expected = 20 + 1 + 8 * 4 + 3 + 4 + 1 + 16 * (2 * 10 + 1) + 2 + 1 + 2
     assert len(words) == len(set(words)) == expected
@@ -391,14 +391,14 @@ def test_compiled_boxes_and_shares_equal_uncompiled_ones() -> None:
             for state, boxes in zip(some, expected, strict=True):
                 found = [mixing.erase_box(p, state, number, np.int64(size)) for number in range(len(boxes))]
                 assert np.array(found).tolist() == boxes.tolist()
-        for state, kind, share, cut in zip(mix_states, *mixed, strict=True):
+        for state, kind, lam, cut in zip(mix_states, *mixed, strict=True):
             assert mixing.mix_kind(both, state) == kind
-            assert mixing.mix_share(both, state, kind) == share
-            assert tuple(mixing.cut_box(state, share, np.int64(97))) == tuple(cut)
+            assert mixing.mix_lam(both, state, kind) == lam
+            assert tuple(mixing.cut_box(state, lam, np.int64(97))) == tuple(cut)
         assert [mixing.partner(both, np.uint64(key), np.int64(5), 1000) for key in range(200)] == partners
 
 
-# (key, view) -> boxes erased at 224, kind, share, cut box at 224, partner among 1000, first word of the noise: a change
+# (key, view) -> boxes erased at 224, kind, lam, cut box at 224, partner among 1000, first word of the noise: a change
 # of these changes every store made before
 FROZEN = {
     (0, 0): ([(83, 38, 83, 64), (156, 97, 63, 109)], 2, 185856, (109, 97, 115, 127), 524, 12558459483894452593),
@@ -417,10 +417,10 @@ def frozen(key: int, view: int) -> tuple:
     state = np.uint64(stream(p.seed, np.uint64(key), view))
     boxes = [tuple(map(int, erase_box(p, state, number, 224))) for number in range(2)]
     kind = int(mix_kind(p, state))
-    share = mix_share(p, state, kind)
-    cut = tuple(map(int, cut_box(state, np.int64(share), 224)))
+    lam = mix_lam(p, state, kind)
+    cut = tuple(map(int, cut_box(state, np.int64(lam), 224)))
     noise = int(draw(np.uint64(erase_noise_state(state, 1)), 0))
-    return boxes, kind, int(share), cut, int(partner(p, np.uint64(key), view, 1000)), noise
+    return boxes, kind, int(lam), cut, int(partner(p, np.uint64(key), view, 1000)), noise
 
 
 @pytest.mark.parametrize("case", FROZEN, ids=str)

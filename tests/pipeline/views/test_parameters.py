@@ -17,15 +17,15 @@ from softshard.pipeline.recipes.recipe import (
 )
 from softshard.pipeline.views import policies
 from softshard.pipeline.views.kernels.rng import ONE, beta_quantiles, normal_quantiles, sqrt_aspects
-from softshard.pipeline.views.parameters import DEVIATION, MEAN_COLOUR, ViewParameters, centre_fraction, view_parameters
+from softshard.pipeline.views.parameters import DEVIATION, MEAN_COLOR, ViewParameters, center_fraction, view_parameters
 
 
 def parameters_of(**parts) -> ViewParameters:
     return view_parameters(ViewRecipe(seed=2**64 - 1, count=1, **parts))
 
 
-def test_colours_are_imagenets() -> None:
-    assert tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN) == MEAN_COLOUR
+def test_colors_are_imagenets() -> None:
+    assert tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN) == MEAN_COLOR
     assert tuple(round(255 * deviation) for deviation in IMAGENET_DEFAULT_STD) == DEVIATION
 
 
@@ -44,7 +44,7 @@ def test_a_full_recipe_arrives() -> None:
     numbers = {name: int(value) for name, value in p._asdict().items() if np.ndim(value) == 0}
     assert numbers == {
         "seed": 2**64 - 1, "random_crop": 1, "scale_low": ONE // 4, "scale_high": ONE // 2, "ratio_low": ONE // 2,
-        "ratio_high": 2 * ONE, "flip": ONE // 8, "centre": ONE, "dct_scaling": 1, "policy": policies.RAND,
+        "ratio_high": 2 * ONE, "flip": ONE // 8, "center": ONE, "dct_scaling": 1, "policy": policies.RAND,
         "operations": 3, "probability": ONE * 3 // 4, "magnitude": ONE * 15 // 2, "deviation": ONE // 4,
         "increasing": 1, "bins": 2, "erase": ONE // 2, "erase_low": ONE // 8, "erase_high": ONE // 4, "erase_count": 5,
         "erase_noise": 0, "mixup": ONE // 4, "cutmix": ONE * 3 // 4,
@@ -54,8 +54,8 @@ def test_a_full_recipe_arrives() -> None:
         (p.sqrt_aspect, sqrt_aspects(0.5, 2.0)),
         (p.erase_aspect, sqrt_aspects(0.25, 4.0)),
         (p.normal, normal_quantiles()),
-        (p.mixup_share, beta_quantiles(0.2)),
-        (p.cutmix_share, beta_quantiles(4.0)),
+        (p.mixup_lams, beta_quantiles(0.2)),
+        (p.cutmix_lams, beta_quantiles(4.0)),
     ):
         np.testing.assert_array_equal(found, expected)
 
@@ -101,12 +101,12 @@ def test_parameters_have_the_same_types_whatever_the_recipe() -> None:
     assert len(kinds) == 1
 
 
-def test_without_a_recipe_the_centre_is_all_there_is() -> None:
+def test_without_a_recipe_the_center_is_all_there_is() -> None:
     p = view_parameters(None, 0.875)
-    assert (p.centre, p.random_crop, p.flip, p.policy, p.erase, p.mixup, p.cutmix) == (ONE * 7 // 8, 0, 0, 0, 0, -1, -1)
+    assert (p.center, p.random_crop, p.flip, p.policy, p.erase, p.mixup, p.cutmix) == (ONE * 7 // 8, 0, 0, 0, 0, -1, -1)
 
 
-def test_the_centres_fraction_is_timms() -> None:
-    assert centre_fraction(224, 0.875) == 224 / 256
-    assert centre_fraction(224, 0.9) == 224 / 248
-    assert centre_fraction(288, 1.0) == 1
+def test_the_centers_fraction_is_timms() -> None:
+    assert center_fraction(224, 0.875) == 224 / 256
+    assert center_fraction(224, 0.9) == 224 / 248
+    assert center_fraction(288, 1.0) == 1

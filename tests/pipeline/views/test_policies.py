@@ -25,7 +25,7 @@ from softshard.pipeline.recipes.recipe import (
 )
 from softshard.pipeline.views import policies
 from softshard.pipeline.views.kernels.rng import ONE, stream
-from softshard.pipeline.views.parameters import MEAN_COLOUR, ViewParameters
+from softshard.pipeline.views.parameters import MEAN_COLOR, ViewParameters
 from softshard.pipeline.views.policies import (
     BLUR,
     BLUR_UNIT,
@@ -33,7 +33,7 @@ from softshard.pipeline.views.policies import (
     CONTRAST,
     DEGREE,
     FACTOR,
-    GREY,
+    GRAY,
     HUE,
     IDENTITY,
     OPERATION_NAMES,
@@ -375,7 +375,7 @@ def test_three_augment_is_timms() -> None:
     table[0][0](None)
     plans = plans_of(parameters_of(8, three_augment=ThreeAugmentRecipe(jitter=0.0)), 30_000)
     assert {len(plan) for plan in plans} == {1}
-    found = {operation: [] for operation in (GREY, SOLARIZE, BLUR)}
+    found = {operation: [] for operation in (GRAY, SOLARIZE, BLUR)}
     for operation, argument in operations_of(plans):
         found[operation].append(argument)
     assert_frequencies([len(arguments) for arguments in found.values()], [1, 1, 1])
@@ -394,7 +394,7 @@ def test_three_augment_jitters_afterwards() -> None:
     assert with_jitter == [first + second for first, second in zip(alone, jitter, strict=True)]
 
 
-# Colour jitter
+# Color jitter
 
 
 def signed(byte: int) -> int:
@@ -535,11 +535,11 @@ def test_frozen_plans(case: tuple[str, int, int]) -> None:
 
 
 def pillow(image: Image.Image, operation: int, argument: int) -> Image.Image:
-    """The operation by timm, torchvision or Pillow, bilinear, with ImageNet's mean colour outside."""
-    moved = {"resample": Image.Resampling.BILINEAR, "fillcolor": MEAN_COLOUR}
+    """The operation by timm, torchvision or Pillow, bilinear, with ImageNet's mean color outside."""
+    moved = {"resample": Image.Resampling.BILINEAR, "fillcolor": MEAN_COLOR}
     if operation == POSTERIZE and argument == 0:
         return Image.new("RGB", image.size)  # Pillow refuses to keep no bits
-    if operation == GREY:
+    if operation == GRAY:
         return image.convert("L").convert("RGB")
     if operation == BLUR:
         return timm_policies.gaussian_blur(image, (argument * image.width // BLUR_UNIT) / (1 << RADIUS_BITS))

@@ -16,14 +16,14 @@ from softshard.pipeline.recipes.recipe import (
     RandomErasingRecipe,
     ViewRecipe,
 )
-from softshard.pipeline.views.geometry import CENTRE, view_geometry
+from softshard.pipeline.views.geometry import CENTER, view_geometry
 from softshard.pipeline.views.loader import ViewLoader
-from softshard.pipeline.views.parameters import MEAN_COLOUR, view_parameters
+from softshard.pipeline.views.parameters import MEAN_COLOR, view_parameters
 from softshard.pipeline.views.render import find_partners
 
 
 @pytest.mark.parametrize("size", [SIZE, 300])
-@pytest.mark.parametrize("view", [0, 1, 2, CENTRE])
+@pytest.mark.parametrize("view", [0, 1, 2, CENTER])
 def test_views_are_what_pillow_gives(photos: Beton, size: int, view: int) -> None:
     """Bit for bit: decoded, cropped, resized (along the columns first) and flipped by Pillow."""
     [batch] = ViewLoader(photos, RECIPE, size, 64, 2, CPU).render(np.arange(len(photos)), view)
@@ -61,7 +61,7 @@ def test_several_views_are_what_each_alone_is(photos: Beton, views: ViewRecipe, 
             assert (batch.mixed is None) == (whole.mixed is None) == (not views.mixes)
             if batch.mixed and whole.mixed:
                 assert torch.equal(batch.mixed.labels, whole.mixed.labels[:, g])
-                assert torch.equal(batch.mixed.shares, whole.mixed.shares[:, g])
+                assert torch.equal(batch.mixed.lam, whole.mixed.lam[:, g])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 10_000])
@@ -81,7 +81,7 @@ def test_a_view_that_erases_differs_from_one_that_does_not_only_in_its_boxes(pho
         for views in (plain, plain.model_copy(update={"random_erasing": erasing}))
     )
     side = round(SIZE * 0.2**0.5)
-    color = torch.tensor(MEAN_COLOUR)[:, None, None]
+    color = torch.tensor(MEAN_COLOR)[:, None, None]
     for one, other in zip(before, after, strict=True):
         changed = (one != other).any(dim=0)
         assert 0 < changed.sum() <= side * side
@@ -117,16 +117,16 @@ def test_mixing_is_what_the_shares_say(digits: Beton, only: str) -> None:
         part = slice(start, start + len(batch.rows))
         start += len(batch.rows)
         assert batch.mixed is not None
-        assert batch.mixed.shares.dtype == torch.float32
+        assert batch.mixed.lam.dtype == torch.float32
         assert torch.equal(batch.mixed.labels, torch.from_numpy(digits.labels[partners[part, 0]]))
-        share = batch.mixed.shares[:, None, None, None]
+        lam = batch.mixed.lam[:, None, None, None]
         images = batch.images.float()
         if only == "mixup":
-            assert (images - share * own[part] - (1 - share) * others[part]).abs().max() <= 0.51
+            assert (images - lam * own[part] - (1 - lam) * others[part]).abs().max() <= 0.51
         else:
             taken = (images != own[part]).any(dim=1)
             assert torch.where(taken[:, None], images == others[part], images == own[part]).all()
-            assert (taken.float().mean(dim=(1, 2)) <= 1 - batch.mixed.shares + 1e-5).all()
+            assert (taken.float().mean(dim=(1, 2)) <= 1 - batch.mixed.lam + 1e-5).all()
 
 
 def test_partners_do_not_depend_on_the_order_of_the_rows(digits: Beton) -> None:

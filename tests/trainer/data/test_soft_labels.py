@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def more(inputs: Path) -> Path:
-    """The labelled images and ten more."""
+    """The labeled images and ten more."""
     write_digits(inputs / "more", 8)
     shutil.copytree(inputs / "train", inputs / "more", dirs_exist_ok=True)
     pack_folder(inputs / "more", inputs / "more.beton")
@@ -100,7 +100,7 @@ class TestJoin:
         assert refused(inputs, ("data.train", str(inputs / "changed.beton"))) == (
             f"{inputs}/labels.zarr: expected labels of the images in {inputs}/changed.beton, found labels of other "
             "images under 70 of the keys, such as 0/0.jpg, 0/1.jpg, 0/2.jpg and 67 more; label these images, or take "
-            "the .beton that was labelled"
+            "the .beton that was labeled"
         )
 
     def test_labels_of_another_class_list_are_refused(self, inputs: Path) -> None:
@@ -112,13 +112,13 @@ class TestJoin:
             "another; label these images, or pack them with the same `classes` file"
         )
 
-    def test_pixels_that_are_no_longer_those_that_were_labelled(self, inputs: Path, monkeypatch) -> None:
+    def test_pixels_that_are_no_longer_those_that_were_labeled(self, inputs: Path, monkeypatch) -> None:
         render = softshard.pipeline.views.golden._render
         monkeypatch.setattr(softshard.pipeline.views.golden, "_render", lambda *arguments: render(*arguments) ^ 255)
         message = (
-            rf"^{inputs}/labels.zarr: expected the pixels that were labelled, found others in 32 of 32 golden probes, "
+            rf"^{inputs}/labels.zarr: expected the pixels that were labeled, found others in 32 of 32 golden probes, "
             r"such as view 0 of 0/0.jpg; they differ by \d+\.\d{3} of 255 on average; the libraries are the same, so "
-            r"the processor or the code of this project differs; use the libraries that labelled it, or label again$"
+            r"the processor or the code of this project differs; use the libraries that labeled it, or label again$"
         )
         with pytest.raises(DataError, match=message):
             open_training_set(train_recipe(inputs))
@@ -134,7 +134,7 @@ class TestJoin:
         pack_folder(part, inputs / "part.beton")
         changes = ("data.labels", str(store)), ("schedule.epochs", "2"), ("output", str(inputs / "mixed"))
         assert refused(inputs, *changes, ("data.train", str(inputs / "part.beton"))) == (
-            f"{store}: expected all 70 labelled images in {inputs}/part.beton, because views that mix images depend on "
+            f"{store}: expected all 70 labeled images in {inputs}/part.beton, because views that mix images depend on "
             "the whole set, found 69; pack them all, or label these"
         )
         assert train(train_recipe(inputs, *changes))
@@ -152,8 +152,8 @@ class TestUnfinished:
         for gap in ("1/1", "2/0", "2/2"):
             (store / "block_digest/c" / gap).unlink()
         assert refused(inputs, ("data.labels", str(store))) == (
-            f"{store}: expected all 3 blocks labelled in each of the 3 views to train on, found 2 in view 1; finish "
-            "labelling, or train on fewer views with data.views: 1"
+            f"{store}: expected all 3 blocks labeled in each of the 3 views to train on, found 2 in view 1; finish "
+            "labeling, or train on fewer views with data.views: 1"
         )
 
     def test_as_many_views_as_the_message_says_train(self, inputs: Path, store: Path, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ class TestUnfinished:
         for gap in ("0/0", "0/1", "0/2"):
             (store / "block_digest/c" / gap).unlink()
         assert refused(inputs, ("data.labels", str(store)), ("data.views", "2")) == (
-            f"{store}: expected all 3 blocks labelled in each of the 2 views to train on, found 0 in view 0; finish "
-            "labelling"
+            f"{store}: expected all 3 blocks labeled in each of the 2 views to train on, found 0 in view 0; finish "
+            "labeling"
         )
 
     def test_fewer_epochs_than_views_need_the_first_views_alone(
@@ -184,8 +184,8 @@ class TestSeveralStores:
         one, two = labels_of(training, 1).soft(np.array([5, 60]), 2.0, CPU)
         assert (one[0], two[0]) == (1.0, 3.0)
         assert (one[1].index.shape, two[1].index.shape) == ((2, 3), (2, 5))
-        assert one[1].tail_share is None
-        assert two[1].tail_share is not None
+        assert one[1].tail_distribution is None
+        assert two[1].tail_distribution is not None
 
     def test_the_teachers_vote_by_weight(self, inputs: Path, second: Path) -> None:
         training = open_training_set(train_recipe(inputs, both(inputs, second)))

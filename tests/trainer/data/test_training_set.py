@@ -12,7 +12,7 @@ from softshard.pipeline.labels.label import label
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import decode
-from softshard.trainer.data.soft_labels import LabelReader, ViewLabels
+from softshard.trainer.data.soft_labels import EpochLabels, LabelReader
 from softshard.trainer.data.training_set import open_training_set, open_validation_set
 from softshard.trainer.loop.train import train
 
@@ -26,7 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def view_labels(inputs: Path, view: int, *changes: tuple[str, str]) -> ViewLabels:
+def view_labels(inputs: Path, view: int, *changes: tuple[str, str]) -> EpochLabels:
     with LabelReader(open_training_set(train_recipe(inputs, *changes)).stores) as reader:
         labels = reader.labels(view, view)
     assert labels is not None

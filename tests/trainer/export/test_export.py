@@ -65,8 +65,8 @@ def out(run: Path) -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def normalised(folder: Path, images: Tensor) -> Tensor:
-    return open_exported(folder).preprocessing.normalise(images)
+def normalized(folder: Path, images: Tensor) -> Tensor:
+    return open_exported(folder).preprocessing.normalize(images)
 
 
 class TestTimmFolder:
@@ -139,7 +139,7 @@ def test_torchvision_students_export_a_state_dict_of_torchvision(inputs: Path, o
 class TestOnnx:
     def test_any_batch_gives_the_logits_of_the_folded_network(self, inputs: Path, folder: Path) -> None:
         session: Any = onnxruntime.InferenceSession(folder / "model.onnx")
-        network, images = load_folder(folder).eval(), normalised(folder, digits(inputs))
+        network, images = load_folder(folder).eval(), normalized(folder, digits(inputs))
         for count in (1, 7, 20):
             [logits] = session.run(["logits"], {"images": images[:count].numpy()})
             with torch.inference_mode():
@@ -193,7 +193,7 @@ class TestInt8:
 
     def test_it_is_evaluated(self, inputs: Path, folder: Path) -> None:
         session: Any = onnxruntime.InferenceSession(folder / "model.int8.onnx")
-        [logits] = session.run(["logits"], {"images": normalised(folder, digits(inputs)).numpy()})
+        [logits] = session.run(["logits"], {"images": normalized(folder, digits(inputs)).numpy()})
         labels = open_beton(inputs / "validation.beton").labels
         figures = open_exported(folder).formats["int8"]
         assert figures.top1 == 100 * (logits.argmax(1) == labels).mean()

@@ -12,7 +12,7 @@ from helpers.small_teachers import Evil
 
 import softshard.trainer.loop.train_state
 from softshard.pipeline.runtime.errors import DataError, FormatError, RecipeError, SoftshardError
-from softshard.trainer.data.training_set import open_training_set, share
+from softshard.trainer.data.training_set import open_training_set, rank_slice
 from softshard.trainer.evaluate import evaluate
 from softshard.trainer.loop.checks import (
     NOT_FINITE,
@@ -87,7 +87,7 @@ REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [
     (
         [("optimizer.name", "fusedadam")],
         RecipeError,
-        "optimizer.name: expected an optimiser that works here, found fusedadam: CUDA required for APEX "
+        "optimizer.name: expected an optimizer that works here, found fusedadam: CUDA required for APEX "
         "optimizers; name another one",
     ),
     (
@@ -188,7 +188,7 @@ class TestNotFinite:
     @pytest.fixture
     def nan_in_update_six(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The loss of the third update of the second epoch is not a number."""
-        learn, count = softshard.trainer.loop.train_state.Learner.learn, 0
+        learn, count = softshard.trainer.loop.train_state.TrainState.learn, 0
 
         def broken(self, update, batch, soft) -> Losses:
             nonlocal count
@@ -196,7 +196,7 @@ class TestNotFinite:
             count += 1
             return losses._replace(total=losses.total * torch.nan) if count == 7 else losses
 
-        monkeypatch.setattr(softshard.trainer.loop.train_state.Learner, "learn", broken)
+        monkeypatch.setattr(softshard.trainer.loop.train_state.TrainState, "learn", broken)
 
     def test_it_stops_the_run_and_its_keys_are_in_a_file(
         self, inputs: Path, tmp_path: Path, nan_in_update_six: None
@@ -210,7 +210,7 @@ class TestNotFinite:
         with pytest.raises(DataError, match=message):
             train(recipe)
         training = open_training_set(recipe)
-        rows = share(training.order(recipe.seed, 1), 16, 0, 1)[2]
+        rows = rank_slice(training.order(recipe.seed, 1), 16, 0, 1)[2]
         keys = (tmp_path / "run" / NOT_FINITE).read_text().splitlines()
         assert keys == [training.beton.manifest.keys[row] for row in rows]
 
@@ -219,7 +219,7 @@ class TestNotFinite:
         """An update whose loss is finite may break them: the loss of the next one shows it, or a look before a save."""
         changes = ("output", str(tmp_path / "run")), ("watch.updates", updates), ("checkpoint_minutes", "1e-9")
 
-        def break_weights(learner: softshard.trainer.loop.train_state.Learner) -> None:
+        def break_weights(learner: softshard.trainer.loop.train_state.TrainState) -> None:
             with torch.no_grad():
                 next(learner.student.parameters())[0] = torch.inf
 
@@ -267,7 +267,7 @@ def test_out_of_memory_says_which_setting_to_change(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return torch.empty(2**56)  # what the CPU's allocator says of it
 
-    monkeypatch.setattr(softshard.trainer.loop.train_state.Learner, "learn", learn)
+    monkeypatch.setattr(softshard.trainer.loop.train_state.TrainState, "learn", learn)
     message = (
         rf"^{tmp_path}/run: expected room for 8 images of 32 pixels at once, found the memory of cpu full; raise "
         r"accumulation \(2\), which leaves the global batches as they are, or set precision: bf16, or lower batch_size "
@@ -281,7 +281,7 @@ def test_other_errors_are_not_taken_for_it(inputs: Path, tmp_path: Path, monkeyp
     def learn(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(softshard.trainer.loop.train_state.Learner, "learn", learn)
+    monkeypatch.setattr(softshard.trainer.loop.train_state.TrainState, "learn", learn)
     with pytest.raises(RuntimeError, match="something else"):
         train(train_recipe(inputs, ("output", str(tmp_path / "run"))))
 

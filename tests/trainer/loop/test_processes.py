@@ -27,11 +27,11 @@ from helpers.small_runs import (
 from helpers.workers import STOPPED, finish, start, training
 
 import softshard.trainer.loop.train
-from softshard.pipeline.runtime.launch import Agreement
-from softshard.trainer.data.training_set import open_training_set, share
+from softshard.pipeline.runtime.launch import CollectiveFlags
+from softshard.trainer.data.training_set import open_training_set, rank_slice
 from softshard.trainer.loop.run_folder import WEIGHTS, save_checkpoint
 from softshard.trainer.loop.train import train
-from softshard.trainer.loop.train_state import Learner
+from softshard.trainer.loop.train_state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # batch norm's statistics are those of a process's part of a batch: only without them two processes equal one
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_is_due_is_written_once(
 ) -> None:
     """What a process asks for is granted one update later. A checkpoint is due after three."""
 
-    class Late(Agreement):
+    class Late(CollectiveFlags):
         before: tuple[bool, ...] = (False, False)
 
         def __call__(self, *wishes: bool, now: bool = False) -> list[bool]:
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_is_due_is_written_once(
             return granted
 
     minutes, saved = 0.0, []
-    monkeypatch.setattr(softshard.trainer.loop.train, "Agreement", Late)
+    monkeypatch.setattr(softshard.trainer.loop.train, "CollectiveFlags", Late)
     monkeypatch.setattr(softshard.trainer.loop.train.time, "monotonic", lambda: 60 * minutes)
 
     def save(folder: Path, state: dict[str, Any]) -> None:
@@ -114,14 +114,14 @@ def test_a_checkpoint_that_is_due_is_written_once(
         save_checkpoint(folder, state)
 
     monkeypatch.setattr(softshard.trainer.loop.train, "save_checkpoint", save)
-    learn = Learner.learn
+    learn = TrainState.learn
 
-    def learn_for_a_minute(self: Learner, *arguments: Any) -> Any:
+    def learn_for_a_minute(self: TrainState, *arguments: Any) -> Any:
         nonlocal minutes
         minutes += 1
         return learn(self, *arguments)
 
-    monkeypatch.setattr(Learner, "learn", learn_for_a_minute)
+    monkeypatch.setattr(TrainState, "learn", learn_for_a_minute)
     changes = ("schedule", "{epochs: 1}"), ("batch_size", "5"), ("checkpoint_minutes", "2.5")
     assert train(train_recipe(inputs, *changes, ("output", str(other_run))))
     assert saved == [4, 8, 12, 14, 0]  # before and after the validation, too
@@ -153,7 +153,7 @@ def test_one_and_two_processes_learn_the_same(inputs: Path, tmp_path: Path) -> N
 def test_the_shares_of_all_ranks_make_up_the_batch(inputs: Path) -> None:
     order = open_training_set(train_recipe(inputs)).order(seed=3, epoch=1)
     assert len(order) == 70
-    whole = share(order, 16, 0, 1)
-    halves = [share(order, 16, rank, 2) for rank in range(2)]
+    whole = rank_slice(order, 16, 0, 1)
+    halves = [rank_slice(order, 16, rank, 2) for rank in range(2)]
     assert (np.concatenate(halves, axis=1) == whole).all()
     assert (whole.reshape(-1) == order[:64]).all()

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import softshard.trainer.loop.progress
 from softshard.pipeline.images.beton import open_beton
-from softshard.pipeline.views.geometry import CENTRE
+from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.loop.curves import plot_curves
 from softshard.trainer.loop.progress import Clock
@@ -131,7 +131,7 @@ def test_the_loader_counts_the_time_it_waits(inputs: Path) -> None:
     beton = open_beton(inputs / "train.beton")
     loader = ViewLoader(beton, None, 32, 8, 1, torch.device("cpu"))
     started = time.perf_counter()
-    for _ in loader.render(np.arange(70), CENTRE):
+    for _ in loader.render(np.arange(70), CENTER):
         time.sleep(0.01)  # what the loop itself takes is not counted
     seconds = time.perf_counter() - started
     assert 0 < loader.waited < seconds - 0.09

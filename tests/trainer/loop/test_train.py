@@ -63,7 +63,7 @@ def test_a_crash_in_or_after_an_epoch_changes_nothing(inputs: Path, run: Path, o
 
 
 def test_two_updates_a_crash_and_two_more_equal_four(inputs: Path, tmp_path: Path) -> None:
-    """With dropout, accumulation, clipping, a temperature that falls, and an optimiser with a state."""
+    """With dropout, accumulation, clipping, a temperature that falls, and an optimizer with a state."""
     changes = [
         *(("schedule", "{name: linear, epochs: 1}"), ("accumulation", "2"), ("optimizer.clip_grad", "1.0")),
         *(("loss.final_temperature", "1.0"), ("student.model", "ghostnet_050"), ("student.expand", "null")),

@@ -1,4 +1,4 @@
-"""The learner: its optimiser, its schedule, its temperature, its average, and what accumulation does."""
+"""The learner: its optimizer, its schedule, its temperature, its average, and what accumulation does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from torch import nn
 import softshard.trainer.loop.train_state
 from softshard.trainer.loop.run_folder import LAST
 from softshard.trainer.loop.train import train
-from softshard.trainer.loop.train_state import Learner, make_learner, make_optimizer, make_schedule
+from softshard.trainer.loop.train_state import TrainState, make_optimizer, make_schedule, make_train_state
 from softshard.trainer.student import make_student
 from softshard.trainer.students import fold
 
@@ -119,18 +119,18 @@ class TestSchedule:
 
 
 @pytest.fixture
-def learner(inputs: Path) -> Learner:
-    return make_learner(Accelerator(cpu=True), train_recipe(inputs, ("loss.final_temperature", "1.0")), STEPS)
+def learner(inputs: Path) -> TrainState:
+    return make_train_state(Accelerator(cpu=True), train_recipe(inputs, ("loss.final_temperature", "1.0")), STEPS)
 
 
-def test_the_temperature_goes_to_its_end_in_equal_steps(learner: Learner) -> None:
+def test_the_temperature_goes_to_its_end_in_equal_steps(learner: TrainState) -> None:
     temperatures = [learner.temperature(update) for update in range(4 * STEPS)]
     assert (temperatures[0], temperatures[-1]) == (2.0, 1.0)
     steps = torch.tensor(temperatures).diff()
     torch.testing.assert_close(steps, torch.full_like(steps, -1 / 39), rtol=1e-4, atol=0)
 
 
-def test_random_numbers_are_a_function_of_the_update(learner: Learner) -> None:
+def test_random_numbers_are_a_function_of_the_update(learner: TrainState) -> None:
     draws = []
     for update in (3, 4, 3):
         learner.begin(update)
@@ -196,7 +196,7 @@ def test_half_precision_trains(inputs: Path, tmp_path: Path) -> None:
     assert half[-1]["loss"] != whole[-1]["loss"]
 
 
-def test_a_student_with_synchronised_batch_norm_folds_to_the_same(inputs: Path) -> None:
+def test_a_student_with_synchronized_batch_norm_folds_to_the_same(inputs: Path) -> None:
     student = make_student(train_recipe(inputs)).eval()
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     expected = student(images)

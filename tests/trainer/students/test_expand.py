@@ -122,9 +122,9 @@ def test_which_branches_there_are_and_where_they_lie(conv_type, stride, kernel, 
     for branch in expanded.conv_bns():
         nn.init.zeros_(branch.bn.weight)
     kernel_of_others, _ = affine_of_sum(expanded)
-    centre = kernel_of_others[:, :, kernel // 2, kernel // 2].clone()
-    assert torch.equal(centre.abs().sum(), kernel_of_others.abs().sum())
-    assert (centre != 0).all() == (kernel > 1 or expanded.identity is not None)
+    center = kernel_of_others[:, :, kernel // 2, kernel // 2].clone()
+    assert torch.equal(center.abs().sum(), kernel_of_others.abs().sum())
+    assert (center != 0).all() == (kernel > 1 or expanded.identity is not None)
 
 
 def test_no_identity_branch_between_different_channels():

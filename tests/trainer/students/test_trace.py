@@ -135,7 +135,7 @@ TOYS = {
         SHARED,  # in evaluation mode dropout returns the very tensor, but reads it
     ),
     "subclass that does more": (lambda: {"conv": Doubled(4, 4, 1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
-    "standardised weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
+    "standardized weight": (lambda: {"conv": StdConv2d(4, 4, 3, padding=1), "bn": bn()}, in_sequence, OWN_ARITHMETIC),
     "parametrised weight": (
         lambda: {"conv": nn.utils.parametrizations.weight_norm(conv()), "bn": bn()},
         in_sequence,
@@ -150,12 +150,12 @@ TOYS = {
     "no affine": (lambda: {"conv": conv(), "bn": bn(affine=False)}, in_sequence, NO_BATCH_NORM),
     "no statistics": (lambda: {"conv": conv(), "bn": bn(track_running_stats=False)}, in_sequence, NO_BATCH_NORM),
     "not run": (lambda: {"conv": conv(), "bn": bn()}, lambda m, x: m.bn(x), NOT_RUN),
-    "own re-parameterisation alone": (
+    "own re-parameterization alone": (
         lambda: {"inner": SelfFolding(in_sequence, conv=conv(), bn=bn())},
         lambda m, x: m.inner(x),
         OWN_BRANCHES,
     ),
-    "own re-parameterisation": (
+    "own re-parameterization": (
         lambda: {"inner": SelfFolding(in_sequence, conv=conv(), bn=bn()), "conv": conv(), "bn": bn()},
         lambda m, x: m.bn(m.conv(m.inner(x))),
         PAIR,
@@ -226,6 +226,6 @@ def test_a_transformer_has_nothing_to_expand():
 def test_models_with_branches_of_their_own_are_left_alone(name):
     model = build_student(name, 10)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(RecipeError, match=r"found pairs: none; .*: \d+ with a re-parameterisation of their own \("):
+    with pytest.raises(RecipeError, match=r"found pairs: none; .*: \d+ with a re-parameterization of their own \("):
         expand(model, torch.randn(1, 3, 64, 64))
     assert state.keys() == model.state_dict().keys()

@@ -170,10 +170,10 @@ def a_step_in_a_process(rank: int, folder: Path) -> None:
     save_step(model, y, folder / f"{rank}.pt")
 
 
-def test_synchronised_statistics_are_those_of_the_whole_batch(tmp_path: Path):
+def test_synchronized_statistics_are_those_of_the_whole_batch(tmp_path: Path):
     """Two processes with five and three images and SyncBatchNorm, which the convolution of all branches takes over:
     outputs, statistics and averaged gradients of one process with all eight and separate branches."""
-    results = in_two_processes(a_synchronised_step_in_a_process, tmp_path)
+    results = in_two_processes(a_synchronized_step_in_a_process, tmp_path)
     model = narrow("separate")
     y = model(torch.cat(parts()))
     (y.sub(1).square().sum() / 2).backward()  # the average over two processes
@@ -185,7 +185,7 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(tmp_path: Path):
             assert_near(result[key], buffer)
 
 
-def a_synchronised_step_in_a_process(rank: int, folder: Path) -> None:
+def a_synchronized_step_in_a_process(rank: int, folder: Path) -> None:
     """Averages gradients by itself, since DistributedDataParallel refuses SyncBatchNorm on a CPU, too."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(narrow())
     y = model(parts()[rank])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from softshard.pipeline.recipes.recipe import Model
 
 INPUT, OUTPUT = "images", "logits"
-Predictor = Callable[[Tensor], Tensor]  # float32 [N, 3, S, S], normalised, on the CPU -> float32 [N, classes]
+Predictor = Callable[[Tensor], Tensor]  # float32 [N, 3, S, S], normalized, on the CPU -> float32 [N, classes]
 
 
-class Preprocessing(Model):
+class InputSpec(Model):
     """Pixels as every exported format expects them, which is what timm's own models expect: RGB, scaled to 0..1, minus
     `mean`, divided by `std`. `crop_pct` is timm's: the shorter side becomes size / crop_pct, the middle is cut out."""
 
@@ -24,7 +24,7 @@ class Preprocessing(Model):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, S, S] -> float32 of the same shape, in new memory."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return ((images.float() / 255 - mean) / std).contiguous()
@@ -33,11 +33,11 @@ class Preprocessing(Model):
 @dataclass(frozen=True)
 class Job:
     """What a format is written from: the folded network in evaluation mode, float32, on the CPU; the names of its
-    classes; `calibration()` gives batches of normalised views, float32 [N, 3, S, S], the same ones at each call."""
+    classes; `calibration()` gives batches of normalized views, float32 [N, 3, S, S], the same ones at each call."""
 
     network: nn.Module
     model: str
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
     label_names: tuple[str, ...]
     calibration: Callable[[], Iterable[Tensor]]
 

@@ -47,7 +47,7 @@ def write_onnx(job: Job, path: Path) -> int:
 
 
 def write_int8(job: Job, path: Path) -> int:
-    """Quantise the model.onnx beside `path` statically, with the ranges seen on job.calibration(): unsigned
+    """Quantize the model.onnx beside `path` statically, with the ranges seen on job.calibration(): unsigned
     activations, signed weights with a scale for each channel."""
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static

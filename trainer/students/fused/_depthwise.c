@@ -1,7 +1,7 @@
 /* Sums over the patches of depthwise convolutions, and their gradients; called by address, so nothing here touches
 Python. depthwise.py has the algebra.
 
-Images lie channels last, [batch, height, width, channels], so that a vector holds the same pixel of neighbouring
+Images lie channels last, [batch, height, width, channels], so that a vector holds the same pixel of neighboring
 channels. Each block of channels is copied, tile by tile, into a buffer with zeros between rows; then every pixel, also
 at the border, is treated alike.
 

@@ -1,4 +1,4 @@
-"""Which pixels a convolution reads: its padding, its output's size, where its centre tap lies; and how it clamps."""
+"""Which pixels a convolution reads: its padding, its output's size, where its center tap lies; and how it clamps."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ Limits = tuple[float, float]  # to which an activation clamps: (0, inf) is ReLU,
 NO_LIMITS: Limits = (-math.inf, math.inf)
 
 
-class Geometry(NamedTuple):
+class ConvGeometry(NamedTuple):
     """Pairs of rows and columns; `before` are the zeros above and to the left."""
 
     kernel: tuple[int, int]
@@ -20,7 +20,7 @@ class Geometry(NamedTuple):
     output: tuple[int, int]
 
 
-def centre_tap(conv: nn.Conv2d) -> tuple[int, int]:
+def center_tap(conv: nn.Conv2d) -> tuple[int, int]:
     """Row and column, in the kernel, of the tap on which the 1 x 1 and identity branches lie."""
     return (conv.kernel_size[0] - 1) // 2, (conv.kernel_size[1] - 1) // 2
 
@@ -31,14 +31,14 @@ def has_scale(conv: nn.Conv2d) -> bool:
 
 
 def has_identity(conv: nn.Conv2d) -> bool:
-    """Whether `conv` takes an identity branch: the centre tap of every output pixel is the input pixel in its place."""
+    """Whether `conv` takes an identity branch: the center tap of every output pixel is the input pixel in its place."""
     if conv.in_channels != conv.out_channels or conv.stride != (1, 1):
         return False
     return all(_keeps_places(conv, axis) for axis in (0, 1))
 
 
-def under_centre_tap(x: Tensor, conv: nn.Conv2d, output_size: tuple[int, int]) -> Tensor:
-    """What a 1 x 1 convolution with the stride of `conv` must read to see, for each output pixel, its centre tap.
+def under_center_tap(x: Tensor, conv: nn.Conv2d, output_size: tuple[int, int]) -> Tensor:
+    """What a 1 x 1 convolution with the stride of `conv` must read to see, for each output pixel, its center tap.
 
     x [N, C, H, W], cut and padded with zeros; `output_size` is the height and width of conv's output.
     """
@@ -51,15 +51,15 @@ def under_centre_tap(x: Tensor, conv: nn.Conv2d, output_size: tuple[int, int]) -
 def _margins(conv: nn.Conv2d, axis: int, size: int, output_size: int) -> tuple[int, int]:
     """Zeros to add, or where negative pixels to cut off, before and after an axis of `size` pixels."""
     stride = conv.stride[axis]
-    start = centre_tap(conv)[axis] * conv.dilation[axis] - padding(conv, axis, size)[0]
+    start = center_tap(conv)[axis] * conv.dilation[axis] - padding(conv, axis, size)[0]
     left_over = size - (start + (output_size - 1) * stride + 1)
     # Fewer pixels than a stride make no further output: to cut them off would only cost a copy.
     return -start, 0 if 0 <= left_over < stride else -left_over
 
 
 def _keeps_places(conv: nn.Conv2d, axis: int) -> bool:
-    """Whether, at stride 1, the padding makes up for the kernel on both sides of its centre tap."""
-    before = centre_tap(conv)[axis] * conv.dilation[axis]
+    """Whether, at stride 1, the padding makes up for the kernel on both sides of its center tap."""
+    before = center_tap(conv)[axis] * conv.dilation[axis]
     after = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - before
     return padding(conv, axis, size=1) == (before, after)  # at stride 1 no padding depends on the size
 

@@ -3,8 +3,8 @@
 Let p be the patch of k x k = T pixels of one channel under an output pixel (zeros in the padding), with mean m and
 covariance S over the batch. A branch with kernel w gives z = w.p, so its mean is w.m and its variance w.Sw: the
 statistics of every branch follow from the T x T Gram matrix of the patches, computed once. A 1 x 1 branch and the
-identity are kernels that are zero but at the centre tap. With a = gamma / sqrt(variance + eps), the sum of the
-normalised branches is one convolution with kernel K = sum a w and bias beta - K.m.
+identity are kernels that are zero but at the center tap. With a = gamma / sqrt(variance + eps), the sum of the
+normalized branches is one convolution with kernel K = sum a w and bias beta - K.m.
 
 Backward, let D = sum of dy (p - m) over the batch of M patches: one correlation. For each branch
 
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from softshard.trainer.students.fused.conv_geometry import NO_LIMITS, Geometry, Limits
+from softshard.trainer.students.fused.conv_geometry import NO_LIMITS, ConvGeometry, Limits
 
 try:
     from softshard.trainer.students.fused import _depthwise  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
@@ -82,7 +82,7 @@ class DepthwiseBranches(torch.autograd.Function):
         weight: Tensor,
         gamma: Tensor,
         beta: Tensor,
-        geometry: Geometry,
+        geometry: ConvGeometry,
         limits: Limits | None,
         eps: float,
         group: dist.ProcessGroup | None,
@@ -113,14 +113,14 @@ class DepthwiseBranches(torch.autograd.Function):
         kernels = kernels_for(x.device.type)
         correlation, beta_gradient = kernels.correlate(x, ctx.geometry, dy, y, ctx.limits)
         processes = sum_over(ctx.group, correlation, beta_gradient)
-        centred = correlation - beta_gradient * patch_mean
-        gamma_gradient = (weight * centred).sum(1) * deviation
-        weight_gradient = factor[:, None] * (centred - (gamma_gradient * deviation)[:, None] * product)
+        centered = correlation - beta_gradient * patch_mean
+        gamma_gradient = (weight * centered).sum(1) * deviation
+        weight_gradient = factor[:, None] * (centered - (gamma_gradient * deviation)[:, None] * product)
         share = factor * gamma_gradient * deviation / ctx.count
         offset = (weight * (share * mean)[:, None]).sum(0)
         arrays = (kernel, weight, share, offset, beta_gradient / ctx.count)
         dx = kernels.backward(x, ctx.geometry, dy, y, ctx.limits, *arrays)
-        gradients = share_of(processes, weight_gradient, gamma_gradient, beta_gradient)
+        gradients = average_over_ranks(processes, weight_gradient, gamma_gradient, beta_gradient)
         return dx, *gradients, None, None, None, None
 
 
@@ -133,7 +133,7 @@ def sum_over(group: dist.ProcessGroup | None, *tensors: Tensor) -> int:
     return dist.get_world_size(group)
 
 
-def share_of(processes: int, *gradients: Tensor) -> tuple[Tensor, ...]:
+def average_over_ranks(processes: int, *gradients: Tensor) -> tuple[Tensor, ...]:
     """Each process's share of gradients that are sums over all processes: DistributedDataParallel averages them."""
     return gradients if processes == 1 else tuple(gradient / processes for gradient in gradients)
 
@@ -148,7 +148,7 @@ def total_of(group: dist.ProcessGroup | None, number: int, device: torch.device)
 
 
 def _patch_sums(
-    kernels: Kernels, x: Tensor, geometry: Geometry, group: dist.ProcessGroup | None
+    kernels: Kernels, x: Tensor, geometry: ConvGeometry, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The Gram matrices [T, T, C] and the sums [T, C] of the patches minus a shift [C], and the number of patches."""
     # A row of each image says about where the mean is. Near it, variances are not differences of large numbers.
@@ -162,14 +162,14 @@ def _patch_sums(
     return gram, sums, shift, count
 
 
-def _gram(x: Tensor, geometry: Geometry, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _gram(x: Tensor, geometry: ConvGeometry, shift: Tensor) -> tuple[Tensor, Tensor]:
     channels, taps = x.shape[1], geometry.kernel[0] * geometry.kernel[1]
     gram, sums = shift.new_empty(taps, taps, channels), shift.new_empty(taps, channels)
     _call("gram", x, geometry, x, shift, gram, sums)
     return gram, sums
 
 
-def _forward(x: Tensor, geometry: Geometry, kernel: Tensor, bias: Tensor, limits: Limits | None) -> Tensor:
+def _forward(x: Tensor, geometry: ConvGeometry, kernel: Tensor, bias: Tensor, limits: Limits | None) -> Tensor:
     size = (len(x), x.shape[1], *geometry.output)
     y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
     _call("forward", x, geometry, x, kernel, bias, *(limits or NO_LIMITS), y)
@@ -177,7 +177,7 @@ def _forward(x: Tensor, geometry: Geometry, kernel: Tensor, bias: Tensor, limits
 
 
 def _correlate(
-    x: Tensor, geometry: Geometry, dy: Tensor, y: Tensor | None, limits: Limits | None
+    x: Tensor, geometry: ConvGeometry, dy: Tensor, y: Tensor | None, limits: Limits | None
 ) -> tuple[Tensor, Tensor]:
     channels, taps = x.shape[1], geometry.kernel[0] * geometry.kernel[1]
     correlation, sums = x.new_empty(taps, channels, dtype=torch.float64), x.new_empty(channels, dtype=torch.float64)
@@ -186,8 +186,8 @@ def _correlate(
 
 
 def _backward(
-    x: Tensor, geometry: Geometry, dy: Tensor, y: Tensor | None, limits: Limits | None, kernel: Tensor, weight: Tensor,
-    *others: Tensor,
+    x: Tensor, geometry: ConvGeometry, dy: Tensor, y: Tensor | None, limits: Limits | None, kernel: Tensor,
+    weight: Tensor, *others: Tensor,
 ) -> Tensor:  # fmt: skip
     dx = torch.empty_like(x)
     _call("backward", x, geometry, x, dy, y, *(limits or NO_LIMITS), kernel, weight, len(weight), *others, dx)
@@ -207,13 +207,13 @@ def _moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Te
     return mean, variance, product
 
 
-def _shape(x: Tensor, geometry: Geometry) -> Tensor:
+def _shape(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """The struct Shape of _depthwise.c."""
     pairs = (geometry.output, geometry.kernel, geometry.stride, geometry.before)
     return torch.tensor([len(x), x.shape[1], *x.shape[2:], *(value for pair in pairs for value in pair)])
 
 
-def _call(name: str, x: Tensor, geometry: Geometry, *arguments: Tensor | float | None) -> None:
+def _call(name: str, x: Tensor, geometry: ConvGeometry, *arguments: Tensor | float | None) -> None:
     """Call a kernel for the dtype of x on all channels, a share of them in each of torch's threads."""
     function = getattr(_library, f"softshard_depthwise_{name}{_SUFFIX[x.dtype]}")
     converted, channels, shape = [_argument(argument) for argument in arguments], x.shape[1], _shape(x, geometry)

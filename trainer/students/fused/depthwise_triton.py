@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softshard.trainer.students.fused.conv_geometry import NO_LIMITS, Geometry, Limits
+from softshard.trainer.students.fused.conv_geometry import NO_LIMITS, ConvGeometry, Limits
 
 TILE, CHANNELS = 256, 16  # pixels times partners, and channels, of a program: 4096 numbers, 32 for each of its threads
 IMAGES, PIXELS = 4, 16  # of a program of a convolution
 
 
-def gram(x: Tensor, geometry: Geometry, shift: Tensor) -> tuple[Tensor, Tensor]:
+def gram(x: Tensor, geometry: ConvGeometry, shift: Tensor) -> tuple[Tensor, Tensor]:
     """The Gram matrices [T, T, C] and the sums [T, C] of the patches minus shift [C]; zeros of the padding are shifted,
     too."""
     (rows, columns), stride = geometry.kernel, geometry.stride
@@ -54,7 +54,7 @@ def moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Ten
     return (weight * mean).sum(1), (weight * product).sum(1), product
 
 
-def forward(x: Tensor, geometry: Geometry, kernel: Tensor, bias: Tensor, limits: Limits | None) -> Tensor:
+def forward(x: Tensor, geometry: ConvGeometry, kernel: Tensor, bias: Tensor, limits: Limits | None) -> Tensor:
     """The convolution with kernel [T, C] and bias [C], clamped to the limits."""
     size = (len(x), x.shape[1], *geometry.output)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def forward(x: Tensor, geometry: Geometry, kernel: Tensor, bias: Tensor, limits:
 
 
 def correlate(
-    x: Tensor, geometry: Geometry, dy: Tensor, y: Tensor | None, limits: Limits | None
+    x: Tensor, geometry: ConvGeometry, dy: Tensor, y: Tensor | None, limits: Limits | None
 ) -> tuple[Tensor, Tensor]:
     """The correlation [T, C] of the gradient before the activation with the patches, and the sums [C] of it."""
     taps, columns = geometry.kernel[0] * geometry.kernel[1], geometry.kernel[1]
@@ -78,7 +78,7 @@ def correlate(
 
 def backward(
     x: Tensor,
-    geometry: Geometry,
+    geometry: ConvGeometry,
     dy: Tensor,
     y: Tensor | None,
     limits: Limits | None,
@@ -106,7 +106,7 @@ def _through(dy: Tensor, y: Tensor | None, limits: Limits | None) -> Tensor:
     return dy if y is None else torch.ops.aten.hardtanh_backward(dy, y, *(limits or NO_LIMITS))
 
 
-def _sizes(x: Tensor, geometry: Geometry) -> tuple[Any, ...]:
+def _sizes(x: Tensor, geometry: ConvGeometry) -> tuple[Any, ...]:
     """Integers, of which kernels call some constexpr."""
     kernel, stride, before, output = geometry
     return (*x.shape, *output, *before, *kernel, *stride, IMAGES, PIXELS, CHANNELS)
@@ -147,7 +147,7 @@ def _products(
 
 
 @functools.cache
-def _classes(geometry: Geometry, axis: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _classes(geometry: ConvGeometry, axis: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The sets of taps, each [k] of 0 and 1, that rows (axis 0) or columns lie under, and for each which it is."""
     tap = torch.arange(geometry.kernel[axis])
     start = torch.arange(size)[:, None] + geometry.before[axis] - tap
@@ -158,7 +158,7 @@ def _classes(geometry: Geometry, axis: int, size: int, device: torch.device) -> 
 
 
 def _stencils(
-    geometry: Geometry, rows: Tensor, columns: Tensor, weight: Tensor, share: Tensor, constant: Tensor
+    geometry: ConvGeometry, rows: Tensor, columns: Tensor, weight: Tensor, share: Tensor, constant: Tensor
 ) -> Tensor:
     """[A, B, D + 1, C]: for pixels under each of A sets of rows and B of columns of taps, the coefficients of the D
     pixels nearer than a kernel's size, line by line, and last the constant."""

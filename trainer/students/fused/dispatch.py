@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from softshard.trainer.students.fused.conv_geometry import Geometry, Limits, centre_tap, output_size, padding, two
+from softshard.trainer.students.fused.conv_geometry import ConvGeometry, Limits, center_tap, output_size, padding, two
 from softshard.trainer.students.fused.depthwise import MOST_TAPS, DepthwiseBranches, runs_here
 from softshard.trainer.students.fused.pointwise import PointwiseBranches, dtype_of_result, images_of, rows_of
 
@@ -87,7 +87,7 @@ def _depthwise(x: Tensor, branches: Branches) -> Tensor:
     conv = branches.conv
     before = tuple(padding(conv, axis, x.shape[2 + axis])[0] for axis in (0, 1))
     output = tuple(output_size(conv, axis, x.shape[2 + axis]) for axis in (0, 1))
-    geometry = Geometry(two(conv.kernel_size), two(conv.stride), two(before), two(output))
+    geometry = ConvGeometry(two(conv.kernel_size), two(conv.stride), two(before), two(output))
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
     y, mean, variance = DepthwiseBranches.apply(  # pyright: ignore[reportGeneralTypeIssues]
         exact, *_arrays(branches, True), geometry, branches.limits, branches.norms[0].eps, _group(branches.norms)
@@ -138,11 +138,11 @@ class _Arrays(torch.autograd.Function):
     def forward(ctx: Any, branches: Branches, depthwise: bool, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.branches, ctx.depthwise = branches, depthwise
         weights = [weight.flatten(1).t() if depthwise else weight.flatten(1) for weight in branches.weights]
-        (rows, columns), centre = weights[0].shape, _centre(branches.conv)
+        (rows, columns), center = weights[0].shape, _center(branches.conv)
         if branches.scale is not None:
-            weights.append(F.pad(branches.scale.view(1, columns), (0, 0, centre, rows - 1 - centre)))
+            weights.append(F.pad(branches.scale.view(1, columns), (0, 0, center, rows - 1 - center)))
         if branches.identity and depthwise:
-            weights.append(F.pad(weights[0].new_ones(1, columns), (0, 0, centre, rows - 1 - centre)))
+            weights.append(F.pad(weights[0].new_ones(1, columns), (0, 0, center, rows - 1 - center)))
         elif branches.identity:
             weights.append(torch.eye(rows, dtype=weights[0].dtype, device=weights[0].device))
         gamma, beta = (torch.stack([getattr(norm, name) for norm in branches.norms]) for name in ("weight", "bias"))
@@ -157,14 +157,14 @@ class _Arrays(torch.autograd.Function):
         of_weights = zip(weight, branches.weights, strict=False)
         result = [(own.t() if ctx.depthwise else own).reshape(like.shape) for own, like in of_weights]
         if branches.scale is not None:
-            result.append(weight[len(result), _centre(branches.conv)].view_as(branches.scale))
+            result.append(weight[len(result), _center(branches.conv)].view_as(branches.scale))
         if branches.bias is not None:  # before a batch norm it changes nothing; DistributedDataParallel waits for zeros
             result.append(torch.zeros_like(branches.bias))
         return None, None, *result, *gamma, *[beta] * len(branches.norms)
 
 
-def _centre(conv: nn.Conv2d) -> int:
-    row, column = centre_tap(conv)
+def _center(conv: nn.Conv2d) -> int:
+    row, column = center_tap(conv)
     return row * conv.kernel_size[1] + column
 
 

@@ -2,7 +2,7 @@
 
 A branch gives z = w x at every pixel, so its mean is w m and its variance diag(w S w'), where m and S are the mean and
 the covariance of the C input channels: one C x C matrix serves all branches, and the identity, whose kernel is the
-unit matrix. The rest is the algebra of depthwise.py with channels in the place of taps: the sum of the normalised
+unit matrix. The rest is the algebra of depthwise.py with channels in the place of taps: the sum of the normalized
 branches is one convolution with K = sum a w, and backward, with D = sum of dy (x - m)',
 
     d gamma = g = diag(w D') / sqrt(variance + eps)
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from softshard.trainer.students.fused.conv_geometry import Limits
-from softshard.trainer.students.fused.depthwise import share_of, sum_over, total_of
+from softshard.trainer.students.fused.depthwise import average_over_ranks, sum_over, total_of
 
 
 class PointwiseBranches(torch.autograd.Function):
@@ -52,8 +52,8 @@ class PointwiseBranches(torch.autograd.Function):
             mean_of_x = rows.sum(0)
             sum_over(group, mean_of_x)
             mean_of_x /= count
-            centred = rows - mean_of_x  # first: products of large means would leave nothing of small variances
-            covariance = (centred.t() @ centred).div_(count)
+            centered = rows - mean_of_x  # first: products of large means would leave nothing of small variances
+            covariance = (centered.t() @ centered).div_(count)
             sum_over(group, covariance)
             product = weight @ covariance
             variance = (product * weight).sum(2).clamp_(min=0)
@@ -77,8 +77,8 @@ class PointwiseBranches(torch.autograd.Function):
         # strides of hardtanh_backward than it has.
         dy = _through(dy.contiguous(memory_format=torch.channels_last), y, ctx.limits)
         with torch.autocast(x.device.type, enabled=False):
-            rows, centred = rows_of(dy), (rows_of(x).to(weight.dtype) - mean_of_x).to(dy.dtype)
-            correlation, total = (rows.t() @ centred).to(weight.dtype), rows.sum(0, dtype=weight.dtype)
+            rows, centered = rows_of(dy), (rows_of(x).to(weight.dtype) - mean_of_x).to(dy.dtype)
+            correlation, total = (rows.t() @ centered).to(weight.dtype), rows.sum(0, dtype=weight.dtype)
             processes = sum_over(ctx.group, correlation, total)
             gamma_gradient = (weight * correlation).sum(2) * deviation
             share = factor * gamma_gradient * deviation
@@ -86,8 +86,8 @@ class PointwiseBranches(torch.autograd.Function):
             quadratic = weight.flatten(0, 1).t() @ (weight * (share / ctx.count)[:, :, None]).flatten(0, 1)
             constant = (total / -ctx.count) @ kernel
             dx = torch.addmm(constant.to(dy.dtype), rows, kernel.to(dy.dtype))
-            dx.addmm_(centred, quadratic.to(dy.dtype), alpha=-1)
-        gradients = share_of(processes, weight_gradient, gamma_gradient, total)
+            dx.addmm_(centered, quadratic.to(dy.dtype), alpha=-1)
+        gradients = average_over_ranks(processes, weight_gradient, gamma_gradient, total)
         return images_of(dx.to(x.dtype), x), *gradients, None, None, None
 
 

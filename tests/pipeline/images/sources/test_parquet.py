@@ -60,7 +60,7 @@ def test_memory_holds_a_row_group_not_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("paths", [["a", "b", "a"], ["a", "b", None], ["a", "b", ""], [None] * 3])
 def test_rows_without_a_path_of_their_own_have_a_number(paths: list[str | None], tmp_path: Path) -> None:
-    """For the whole data set: the same image must not change its key with its neighbours'."""
+    """For the whole data set: the same image must not change its key with its neighbors'."""
     image = structs([{"bytes": b"x", "path": path} for path in paths])
     for name in ("a/x.parquet", "b/x.parquet"):
         (tmp_path / "set").mkdir(exist_ok=True)

@@ -28,8 +28,8 @@ def images(photographs: list[Image.Image]) -> list[Pixels]:
     return result
 
 
-def every_colour() -> Pixels:
-    """All 2**24 colours, in one image."""
+def every_color() -> Pixels:
+    """All 2**24 colors, in one image."""
     number = np.arange(1 << 24, dtype=np.uint32).reshape(4096, 4096)
     return np.stack([number >> 16, number >> 8 & 255, number & 255], axis=-1).astype(np.uint8)
 
@@ -107,10 +107,10 @@ def test_the_blend_is_exact_for_all_factors() -> None:
         np.testing.assert_array_equal(result, np.floor(value.clip(0, 255)))
 
 
-def test_grey_equals_pillow_for_every_colour() -> None:
-    image = every_colour()
+def test_gray_equals_pillow_for_every_color() -> None:
+    image = every_color()
     expected = np.array(Image.fromarray(image).convert("L"))
-    color.grey(image)
+    color.gray(image)
     for channel in range(3):
         np.testing.assert_array_equal(image[..., channel], expected)
 
@@ -125,9 +125,9 @@ def test_hue_equals_torchvision(hue_factor: float, images: list[Pixels]) -> None
     assert_equals_pillow(color.hue, lambda image: turned(image, hue_factor), images, shift)
 
 
-def test_hue_equals_pillow_for_every_colour() -> None:
-    """All colours to hue, saturation and value; all of those back."""
-    image = every_colour()
+def test_hue_equals_pillow_for_every_color() -> None:
+    """All colors to hue, saturation and value; all of those back."""
+    image = every_color()
     expected = np.array(turned(Image.fromarray(image), 0.2))
     color.hue(image, 51)
     np.testing.assert_array_equal(image, expected)

@@ -119,8 +119,8 @@ GRIDS = {
 
 @pytest.mark.parametrize("bound", [2, 3, 10, 31])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_integers_below_a_bound_are_uniform_and_neighbours_independent(grid: str, bound: int) -> None:
-    """Chi squared of single draws, and of pairs of neighbours along words, views or keys; p = 0.0001."""
+def test_integers_below_a_bound_are_uniform_and_neighbors_independent(grid: str, bound: int) -> None:
+    """Chi squared of single draws, and of pairs of neighbors along words, views or keys; p = 0.0001."""
     keys, views, numbers = GRIDS[grid]
     found = draws_of(np.uint64(9), keys.astype(np.uint64), views, numbers, bound)
     assert found.min() == 0

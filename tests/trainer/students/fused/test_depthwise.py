@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
-from softshard.trainer.students.fused.conv_geometry import Geometry
+from softshard.trainer.students.fused.conv_geometry import ConvGeometry
 from softshard.trainer.students.fused.depthwise import DepthwiseBranches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,7 +185,7 @@ def test_nan_spreads_over_its_channel_and_no_further(activation, dtype):
 
 @pytest.mark.parametrize("limits", [None, (0.0, math.inf), (0.0, 6.0), (-0.5, 0.5)])
 @pytest.mark.parametrize(
-    "geometry", [Geometry((3, 2), (2, 1), (1, 0), (3, 3)), Geometry((1, 3), (1, 2), (1, 4), (6, 5))]
+    "geometry", [ConvGeometry((3, 2), (2, 1), (1, 0), (3, 3)), ConvGeometry((1, 3), (1, 2), (1, 4), (6, 5))]
 )
 def test_gradients_are_those_of_finite_differences(limits, geometry):
     taps = geometry.kernel[0] * geometry.kernel[1]

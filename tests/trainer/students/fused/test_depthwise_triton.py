@@ -20,27 +20,27 @@ from softshard.pipeline.runtime.errors import RecipeError
 from softshard.trainer.students import expand
 from softshard.trainer.students.branches import MultiBranchConv
 from softshard.trainer.students.fused import depthwise
-from softshard.trainer.students.fused.conv_geometry import Geometry
+from softshard.trainer.students.fused.conv_geometry import ConvGeometry
 from softshard.trainer.students.fused.dispatch import trains_as_one
 
 pytest.importorskip("triton")
 
 # batch and channels, height and width, kernel, stride, zeros before, output
 SHAPES = [
-    ((2, 3), (7, 9), Geometry((3, 3), (1, 1), (1, 1), (7, 9))),
-    ((5, 1), (2, 17), Geometry((3, 3), (1, 1), (1, 1), (2, 17))),  # several programs for images, rows and columns
-    ((3, 2), (8, 6), Geometry((3, 3), (2, 2), (1, 1), (4, 3))),
-    ((2, 5), (4, 17), Geometry((2, 4), (2, 2), (1, 2), (2, 9))),
-    ((5, 1), (1, 9), Geometry((1, 5), (1, 1), (0, 2), (1, 9))),
-    ((2, 2), (9, 1), Geometry((5, 1), (1, 1), (2, 0), (9, 1))),
-    ((1, 4), (5, 6), Geometry((5, 5), (1, 1), (2, 2), (5, 6))),
-    ((2, 1), (6, 5), Geometry((5, 5), (2, 2), (2, 2), (3, 3))),
-    ((2, 3), (3, 3), Geometry((3, 3), (2, 2), (0, 0), (1, 1))),
-    ((2, 1), (2, 2), Geometry((5, 5), (1, 1), (2, 2), (2, 2))),  # every pixel lies under a set of taps of its own
-    ((2, 17), (2, 3), Geometry((1, 1), (1, 1), (0, 0), (2, 3))),  # more channels than a program has
-    ((2, 2), (6, 6), Geometry((3, 3), (2, 2), (0, 0), (3, 3))),  # "same": zeros after the image alone
-    ((1, 2), (7, 4), Geometry((3, 3), (2, 1), (0, 0), (3, 2))),  # strides that differ
-    ((2, 2), (8, 5), Geometry((2, 2), (3, 3), (0, 0), (3, 2))),  # rows under no tap
+    ((2, 3), (7, 9), ConvGeometry((3, 3), (1, 1), (1, 1), (7, 9))),
+    ((5, 1), (2, 17), ConvGeometry((3, 3), (1, 1), (1, 1), (2, 17))),  # several programs for images, rows and columns
+    ((3, 2), (8, 6), ConvGeometry((3, 3), (2, 2), (1, 1), (4, 3))),
+    ((2, 5), (4, 17), ConvGeometry((2, 4), (2, 2), (1, 2), (2, 9))),
+    ((5, 1), (1, 9), ConvGeometry((1, 5), (1, 1), (0, 2), (1, 9))),
+    ((2, 2), (9, 1), ConvGeometry((5, 1), (1, 1), (2, 0), (9, 1))),
+    ((1, 4), (5, 6), ConvGeometry((5, 5), (1, 1), (2, 2), (5, 6))),
+    ((2, 1), (6, 5), ConvGeometry((5, 5), (2, 2), (2, 2), (3, 3))),
+    ((2, 3), (3, 3), ConvGeometry((3, 3), (2, 2), (0, 0), (1, 1))),
+    ((2, 1), (2, 2), ConvGeometry((5, 5), (1, 1), (2, 2), (2, 2))),  # every pixel lies under a set of taps of its own
+    ((2, 17), (2, 3), ConvGeometry((1, 1), (1, 1), (0, 0), (2, 3))),  # more channels than a program has
+    ((2, 2), (6, 6), ConvGeometry((3, 3), (2, 2), (0, 0), (3, 3))),  # "same": zeros after the image alone
+    ((1, 2), (7, 4), ConvGeometry((3, 3), (2, 1), (0, 0), (3, 2))),  # strides that differ
+    ((2, 2), (8, 5), ConvGeometry((2, 2), (3, 3), (0, 0), (3, 2))),  # rows under no tap
 ]
 # convolution, activation, images
 LAYERS: dict[str, tuple[Callable[[], Any], str, tuple[int, ...]]] = {
@@ -192,7 +192,7 @@ def check_kernels(number: int, dtype: torch.dtype, tolerance: float) -> None:
     assert_close(found, expected, tolerance)
 
 
-def patches(x: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+def patches(x: Tensor, geometry: ConvGeometry, size: tuple[int, int]) -> Tensor:
     """[N, C, T, H' W']: what lies under each output pixel."""
     after = [
         (geometry.output[axis] - 1) * geometry.stride[axis] + geometry.kernel[axis] - geometry.before[axis] - size[axis]
@@ -225,5 +225,5 @@ def check_nan() -> None:
     from softshard.trainer.students.fused import depthwise_triton as kernels
 
     x = torch.full((1, 1, 1, 1), torch.nan)
-    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
+    geometry = ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1))
     assert kernels.forward(x, geometry, torch.ones(1, 1), torch.zeros(1), (0.0, 6.0)).isnan().all()
