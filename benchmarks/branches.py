@@ -32,7 +32,7 @@ def sides_of(name: str, size: int) -> dict[str, nn.Module]:
     sides: dict[str, nn.Module] = {"plain": plain}
     for label, form in (("separate", "separate"), ("ours", "auto")):
         torch.manual_seed(1)
-        sides[label] = expand(copy.deepcopy(plain), example, branches_as=form)
+        sides[label] = expand(copy.deepcopy(plain), example, implementation=form)
     if name.startswith("ghostnetv3"):
         sides["timm's own"] = timm.create_model(name)
     return {label: model.to(memory_format=torch.channels_last).train() for label, model in sides.items()}

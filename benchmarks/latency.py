@@ -62,7 +62,7 @@ def photographs(pixels: InputSpec) -> list[Tensor]:
 
 def sides(name: str, kinds: tuple[Kind, ...], pixels: InputSpec, folder: Path) -> list[Side]:
     student = StudentRecipe(
-        model=name, library=STUDENTS[name], num_classes=CLASSES, expand=ExpandRecipe(branches=3, kinds=kinds)
+        model=name, library=STUDENTS[name], num_classes=CLASSES, expand=ExpandRecipe(branches=3, conv_types=kinds)
     )
     unfolded = unfolded_network(student, pixels.size)
     result = []

@@ -149,7 +149,7 @@ def time_to_first_step(launcher: str, folder: Path, images: int, size: int) -> t
     data = {"train": folder / "train.beton", "validation": folder / "train.beton", "labels": folder / "labels.zarr"}
     changes = dict(ON_A_CPU) | {f"data.{name}": str(path) for name, path in data.items()}
     changes |= {"data.size": str(size), "data.workers": "1", "batch_size": str(images)}
-    changes |= {"watch.updates": "1", "output": str(run)}
+    changes |= {"logging.updates": "1", "output": str(run)}
     command = [*LAUNCHERS[launcher], "softshard.trainer", "train", "--config", str(RECIPE)]
     command += [word for name, value in changes.items() for word in (f"--{name}", value)]
     started, shown = time.perf_counter(), folder / "log.txt"

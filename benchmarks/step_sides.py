@@ -27,7 +27,7 @@ ON_A_CPU: list[Override] = [("precision", "float32"), ("accumulation", "1")]
 STUDENTS: dict[str, list[Override]] = {
     "plain": [("student.expand", "null")],
     "expanded": [],
-    "separate": [("student.expand.branches_as", "separate")],
+    "separate": [("student.expand.implementation", "separate")],
 }
 TEACHER, CLASSES, K, CPU = "deit_base_patch16_224", 1000, 10, torch.device("cpu")
 LABELED = 4096  # rows of the store

@@ -36,7 +36,8 @@ SMALL = {
     "pipeline": "--classes 10 --views.count 2 --template.views 1 --top_k 3 --min_top1 null --workers 1 --batch_size 20"
     " --teachers '[{model: local-dir:teacher, size: 32}]' --precision float32",
     "trainer": "--student.num_classes 10 --data.size 64 --data.workers 1 --batch_size 8 --accumulation 1"
-    " --schedule.epochs 1 --schedule.warmup_epochs 0 --watch.trackers [] --evaluation.agreement 4 --precision float32",
+    " --schedule.epochs 1 --schedule.warmup_epochs 0 --logging.trackers [] --evaluation.agreement 4"
+    " --precision float32",
 }
 
 

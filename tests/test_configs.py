@@ -34,7 +34,7 @@ SMALL_LABELS = (
 # GhostNets pool once more at their smallest, so 64 pixels are the fewest. Accelerate keeps a process's precision.
 SMALL = (
     "--student.num_classes 10 --data.size 64 --data.workers 1 --batch_size 2 --accumulation 1 --schedule.epochs 1"
-    " --schedule.warmup_epochs 0 --watch.trackers [] --evaluation.agreement 0 --precision float32"
+    " --schedule.warmup_epochs 0 --logging.trackers [] --evaluation.agreement 0 --precision float32"
 )
 # A vision transformer has one size. No published weights are here.
 SMALL_TEACHER = (
@@ -46,7 +46,7 @@ SMALL_OWN = {
     "pack": "",
     "train": "--student.num_classes 4 --data.size 32 --data.workers 1 --batch_size 8 --accumulation 1"
     " --student.model test_efficientnet --student.pretrained false --schedule.epochs 2 --schedule.warmup_epochs 1"
-    " --watch.trackers [] --precision float32",
+    " --logging.trackers [] --precision float32",
     "export": "",
     "label": "--classes 4 --top_k 4 --template null --min_top1 null --views.count 2 --teachers.0.size 32 --workers 1"
     " --precision float32",
@@ -123,7 +123,7 @@ def test_full_recipes_differ_in_their_students_alone() -> None:
     base = recipes[0]
     assert (base.schedule.name, base.schedule.epochs, base.batch_size) == ("cosine", 600, 2048)
     assert base.student.expand
-    assert (base.student.expand.branches, base.student.expand.scale) == (3, True)
+    assert (base.student.expand.branches, base.student.expand.scale_branch) == (3, True)
 
 
 def test_label_recipes_have_the_same_views_and_published_teachers() -> None:

@@ -198,8 +198,6 @@ def test_make_targets_exist(page: str) -> None:
     "block", [b for b in BLOCKS if b.kind == "yaml"], ids=lambda block: f"{block.page}-{block.line}"
 )
 def test_yaml_blocks_are_recipes_or_parts_of_one(block: Block) -> None:
-    if "logging" not in TrainRecipe.model_fields and re.search("logging:|conv_types:", block.text):
-        pytest.skip("these keys have their new names soon")
     data = YAML(typ="safe", pure=True).load(block.text)
     data = {"student": data} if set(data) == {"expand"} else data
     model = next(model for model in (PackRecipe, TrainRecipe, LabelRecipe) if set(data) <= set(model.model_fields))

@@ -1,4 +1,4 @@
-"""Distillation losses on decoded top-k soft labels, each computed together with its gradient.
+"""Distillation losses on decoded top-k soft labels.
 
 The divergence is KL(teacher || student), both at the same temperature T; the student's gradient is that of the soft
 cross-entropy, and the teacher's entropy makes the value zero at agreement. `distillation_loss` multiplies it by T^2,
@@ -10,18 +10,18 @@ C - k classes without a stored probability contribute:
     spread  the tail mass on the C - k classes: along the image's tail template where the labels have one, otherwise in
             equal parts (marginal smoothing in FKD; TinyViT, arXiv 2207.10666)
 
-The gradient with respect to the logits is the student's distribution minus the labels' one, so it is known as soon as
-the value is: one [B, C] buffer starts as the student's distribution, and the labels' k entries are subtracted from it.
-A dense distribution of the teacher exists only where the tail lies along a template.
+A dense distribution of the teacher exists only where the tail lies along a template. The backward pass keeps the
+student's log-probabilities, once for the hard labels and once for each store, and, with `lump`, those of the tail.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
+from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.store.topk import SoftLabels
 
 TailPolicy = Literal["drop", "lump", "spread"]
@@ -38,13 +38,23 @@ class Losses(NamedTuple):
 
 
 def topk_kl(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPolicy) -> Tensor:
-    """Mean over the batch of KL(teacher || student) at the temperature, in nats, without the factor T^2.
+    """Mean over the batch of KL(teacher || student) at the temperature, without the factor T^2.
 
-    logits: the student's, float [B, C], not yet divided by the temperature; `soft` is decoded at the same
-    temperature, without gradient. Computed in float32 (float64 for float64 logits) even inside autocast. With k = C
-    lump and spread are the dense KL divergence, and so is drop.
+    With k = C lump and spread are the dense KL divergence, and so is drop.
+
+    Args:
+        logits: The student's, float [B, C], not yet divided by the temperature.
+        soft: Labels decoded at the same temperature, without gradient.
+        temperature: Of both distributions.
+        tail: What the classes without a stored probability contribute.
+
+    Returns:
+        A scalar in nats, computed in float32 (float64 for float64 logits) even inside autocast.
+
+    Raises:
+        RecipeError: The tail policy is unknown.
     """
-    return _Known.apply(logits, *_divergence(_precise(logits), soft, temperature, tail))  # pyright: ignore
+    return _divergence(_precise(logits), soft, temperature, tail)
 
 
 def distillation_loss(
@@ -59,106 +69,87 @@ def distillation_loss(
 ) -> Losses:
     """(1 - alpha) * cross-entropy on hard labels + alpha * T^2 * KL on soft labels.
 
-    logits float [B, C]; hard int64 [B], or float [B, C] for mixed labels. Soft labels of several teachers contribute
-    the mean of their divergences by weight: with `drop` and `spread` that has the gradient of the divergence from the
-    mean of their distributions. Without soft labels the loss is the cross-entropy alone and alpha plays no part; with
-    alpha = 1 hard labels are not looked at and may be None. Computed in float32 (float64 for float64 logits) even
-    inside autocast.
+    Soft labels of several teachers contribute the mean of their divergences by weight: with `drop` and `spread` that
+    has the gradient of the divergence from the mean of their distributions.
+
+    Args:
+        logits: The student's, float [B, C].
+        hard: int64 [B], or float [B, C] for mixed labels. With alpha = 1 they are not read and may be None.
+        soft: Labels of each teacher with their weights. Without any the loss is the cross-entropy, whatever alpha is.
+        alpha: The weight of the soft labels against the hard ones, 0 to 1.
+        temperature: That at which the soft labels were decoded.
+        tail: What the classes without a stored probability contribute.
+        label_smoothing: Of the hard labels.
+
+    Returns:
+        Scalars in nats, computed in float32 (float64 for float64 logits) even inside autocast.
+
+    Raises:
+        RecipeError: The tail policy is unknown.
     """
     alpha = alpha if soft else 0.0
     precise = _precise(logits)
     hard_value = soft_value = precise.new_zeros(())
-    gradient = None
     if alpha < 1:
-        hard_value, gradient = _cross_entropy(precise, hard, label_smoothing)
-        gradient.mul_(1 - alpha)
+        assert hard is not None, "hard labels may be left out only where soft labels are all of the loss"
+        target = hard.to(precise.dtype) if hard.is_floating_point() else hard
+        hard_value = cross_entropy(precise, target, label_smoothing=label_smoothing)
     total_weight = sum(weight for weight, _ in soft)
     for weight, labels in soft:
-        value, part = _divergence(precise, labels, temperature, tail)
-        share = weight / total_weight * temperature**2
-        soft_value = soft_value + share * value
-        gradient = part.mul_(alpha * share) if gradient is None else gradient.add_(part, alpha=alpha * share)
-    value = (1 - alpha) * hard_value + alpha * soft_value
-    return Losses(_Known.apply(logits, value, gradient), hard_value, soft_value)  # pyright: ignore
+        divergence = _divergence(precise, labels, temperature, tail)
+        soft_value = soft_value + weight / total_weight * temperature**2 * divergence
+    total = (1 - alpha) * hard_value + alpha * soft_value
+    return Losses(total, hard_value.detach(), soft_value.detach())
 
 
-def mixed_labels(labels: Tensor, others: Tensor, shares: Tensor, classes: int) -> Tensor:
-    """Hard labels of mixed images, float32 [B, C]: `shares` of `labels` and the rest of `others`, [B] each (Mixup,
-    arXiv 1710.09412; CutMix, arXiv 1905.04899)."""
+def mixed_labels(labels: Tensor, others: Tensor, weights: Tensor, classes: int) -> Tensor:
+    """Hard labels of mixed images (Mixup, arXiv 1710.09412; CutMix, arXiv 1905.04899).
+
+    Args:
+        labels: int64 [B].
+        others: int64 [B], the labels of the images mixed in.
+        weights: float32 [B], those of `labels`; `others` have the rest of 1.
+        classes: How many there are, C.
+
+    Returns:
+        float32 [B, C].
+    """
     mixed = torch.zeros(len(labels), classes, device=labels.device)
-    mixed.scatter_add_(1, labels[:, None], shares[:, None])
-    return mixed.scatter_add_(1, others[:, None], 1 - shares[:, None])
+    mixed.scatter_add_(1, labels[:, None], weights[:, None])
+    return mixed.scatter_add_(1, others[:, None], 1 - weights[:, None])
 
 
-class _Known(torch.autograd.Function):
-    """A scalar whose gradient with respect to the logits was computed with it."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * outer[0]).to(ctx.dtype), None, None
-
-
-@torch.no_grad()
-def _cross_entropy(logits: Tensor, hard: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy with label smoothing, and its gradient [B, C]."""
-    assert hard is not None, "hard labels may be left out only where soft labels are all of the loss"
-    log_q = torch.log_softmax(logits, dim=1)
-    gradient = log_q.exp()
-    if hard.is_floating_point():
-        target = hard.to(log_q.dtype) * (1 - smoothing) + smoothing / log_q.shape[1]
-        value = -(target * log_q).sum(dim=1)
-        gradient -= target
-    else:
-        index = hard[:, None]
-        value = (smoothing - 1) * log_q.gather(1, index).squeeze(1) - smoothing * log_q.mean(dim=1)
-        gradient -= smoothing / log_q.shape[1]
-        gradient.scatter_add_(1, index, gradient.new_full(index.shape, smoothing - 1))
-    return value.mean(), gradient.div_(len(logits))
-
-
-@torch.no_grad()
-def _divergence(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPolicy) -> tuple[Tensor, Tensor]:
-    """Mean KL(teacher || student) at the temperature, and its gradient [B, C]."""
+def _divergence(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPolicy) -> Tensor:
+    if tail not in get_args(TailPolicy):
+        raise RecipeError(f"loss.tail: expected one of {', '.join(get_args(TailPolicy))}, found {tail!r}; correct it")
     log_q = torch.log_softmax(logits / temperature, dim=1)
-    gradient = log_q.exp()
-    top = log_q.gather(1, soft.index)
     probability = soft.probability.to(log_q.dtype)
     if tail == "drop":
         probability = probability / probability.sum(dim=1, keepdim=True)
-    value, subtracted = _kl(probability, top), probability
+    value = _kl(probability, log_q.gather(1, soft.index))
     if tail != "drop" and soft.index.shape[1] < logits.shape[1]:  # else there is no tail, nor log(0 classes)
-        mass = soft.tail.to(log_q.dtype)[:, None]
-        if tail == "lump":
-            # the student's tail from the classes themselves: log(1 - sum(top k)) is all rounding error when small
-            others = log_q.scatter(1, soft.index, -torch.inf)
-            value = value + _kl(mass, others.logsumexp(dim=1, keepdim=True))
-            gradient.addcmul_(others.softmax(dim=1), mass, value=-1)
-        elif soft.tail_distribution is not None:
-            share = soft.tail_distribution.to(log_q.dtype)
-            value = value + (torch.xlogy(mass, mass) + mass * _kl(share, log_q)[:, None]).squeeze(1)
-            gradient.addcmul_(share, mass, value=-1)
-        else:
-            # the sum over the tail is that over all classes minus that over the top k
-            each = mass / (log_q.shape[1] - top.shape[1])
-            rest = log_q.sum(dim=1, keepdim=True) - top.sum(dim=1, keepdim=True)
-            value = value + (torch.xlogy(mass, each) - each * rest).squeeze(1)
-            gradient -= each
-            subtracted = probability - each
-    gradient.scatter_add_(1, soft.index, -subtracted)
-    return value.mean(), gradient.div_(len(logits) * temperature)
+        value = value + _tail_kl(log_q, soft, tail)
+    return value.mean()
+
+
+def _tail_kl(log_q: Tensor, soft: SoftLabels, tail: TailPolicy) -> Tensor:
+    """What the tail contributes to the divergence of each row, [B]."""
+    mass = soft.tail.to(log_q.dtype)
+    if tail == "lump":
+        # the student's tail from the classes themselves: log(1 - sum(top k)) is all rounding error when small
+        others = log_q.scatter(1, soft.index, -torch.inf).logsumexp(dim=1, keepdim=True)
+        return _kl(mass[:, None], others)
+    if soft.tail_distribution is not None:
+        return torch.xlogy(mass, mass) + mass * _kl(soft.tail_distribution.to(log_q.dtype), log_q)
+    # the sum over the tail is that over all classes minus that over the top k
+    each = mass / (log_q.shape[1] - soft.index.shape[1])
+    rest = log_q.sum(dim=1) - log_q.gather(1, soft.index).sum(dim=1)
+    return torch.xlogy(mass, each) - each * rest
 
 
 def _precise(logits: Tensor) -> Tensor:
     """What sums are computed in, autocast or not: log_softmax and exp of float32 stay float32 in it."""
-    return logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _kl(p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The train recipe: data, student, loss, optimizer, schedule, and how to watch."""
+"""The train recipe: data, student, loss, optimizer, schedule, and what is logged."""
 
 import difflib
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import timm.optim
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo, field_validator, model_validator
@@ -10,7 +11,7 @@ from softshard.pipeline.recipes.recipe import Fraction, Model, Precision, ViewRe
 from softshard.trainer.losses import TailPolicy
 from softshard.trainer.students.build import Library
 from softshard.trainer.students.expand import Init
-from softshard.trainer.students.fused.dispatch import BranchesAs
+from softshard.trainer.students.fused.dispatch import Implementation
 from softshard.trainer.students.trace import Kind
 
 # A smaller rate changes no float32 weight. Adaptive optimizers move a weight by about the rate, whatever its gradient.
@@ -67,15 +68,15 @@ class ExpandRecipe(Model):
 
     branches: int = Field(default=3, ge=1)
     """Copies of each convolution, each with its own batch norm."""
-    kinds: tuple[Kind, ...] = ("depthwise", "pointwise")
+    conv_types: tuple[Kind, ...] = ("depthwise", "pointwise")
     """Which convolutions get branches; also `dense` and `grouped`."""
-    scale: bool = True
+    scale_branch: bool = True
     """A 1 x 1 branch beside larger kernels."""
     identity: bool = True
     """The input itself as a branch, where it has the output's shape."""
     init: Init = "zero_gamma"
     """`zero_gamma` starts as the plain network bit for bit; `split_gamma` with the weights spread over the branches."""
-    branches_as: BranchesAs = "auto"
+    implementation: Implementation = "auto"
     """How the branches of a layer are computed."""
 
 
@@ -210,8 +211,8 @@ class EvaluationRecipe(Model):
     """On so many training images the student's predictions are compared with the teacher's; always the same view."""
 
 
-class WatchRecipe(Model):
-    """Where losses and scores are logged."""
+class LoggingRecipe(Model):
+    """What is logged, and where."""
 
     trackers: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers: tensorboard, wandb, mlflow, ..."""
@@ -221,6 +222,13 @@ class WatchRecipe(Model):
 
 class TrainRecipe(Model):
     """One training run of a student, or of a teacher for one's own classes."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "watch": "logging",
+        "student.expand.kinds": "conv_types",
+        "student.expand.scale": "scale_branch",
+        "student.expand.branches_as": "implementation",
+    }
 
     data: DataRecipe
     """Images and labels."""
@@ -248,8 +256,8 @@ class TrainRecipe(Model):
     """Compile the student with torch.compile."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     """Validation."""
-    watch: WatchRecipe = WatchRecipe()
-    """Logging."""
+    logging: LoggingRecipe = LoggingRecipe()
+    """Where losses and scores are logged."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Minutes between checkpoints within an epoch; there is one after each validation, too."""
     output: str

@@ -3,7 +3,8 @@
 Frozen pydantic models that refuse unknown and wrongly typed keys; pipeline/recipes/yaml_file.py reads and writes them.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +19,7 @@ class Model(BaseModel):
     """Base of every recipe and manifest: frozen, strictly typed, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    renamed: ClassVar[Mapping[str, str]] = {}  # former `section.key` of a recipe file: what the key is called now
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Every problem is reported at once as `file: section.key: what is wrong (got X)`.
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ def load_recipe(model: type[M], path: str | Path, overrides: Sequence[Override] 
         recipe = model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         overridden = {dotted for dotted, _ in overrides}
-        raise RecipeError("\n".join(duplicates + _problems(error, str(path), overridden))) from None
+        raise RecipeError("\n".join(duplicates + _problems(error, str(path), overridden, model.renamed))) from None
     if duplicates:
         raise RecipeError("\n".join(duplicates))
     return recipe
@@ -119,7 +119,7 @@ def _override(data: dict, dotted: str, text: str) -> None:
         raise RecipeError(f"--{dotted}: expected a key, found {type(target).__name__} above it")
 
 
-def _problems(error: ValidationError, name: str, overridden: set[str]) -> list[str]:
+def _problems(error: ValidationError, name: str, overridden: set[str], renamed: Mapping[str, str]) -> list[str]:
     lines, problems = [], error.errors(include_url=False)
     for problem in problems:
         depth = len(problem["loc"])
@@ -133,6 +133,8 @@ def _problems(error: ValidationError, name: str, overridden: set[str]) -> list[s
         elif problem["type"] == "value_error":
             lines.append(f"{where}: {problem.get('ctx', {}).get('error')}")
         else:
-            what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+            what = problem["msg"]
+            if problem["type"] == "extra_forbidden":
+                what = f"renamed; write {renamed[dotted]}" if dotted in renamed else "unknown key"
             lines.append(f"{where}: {what[0].lower()}{what[1:]} (got {json.dumps(problem['input'], default=str)})")
     return lines

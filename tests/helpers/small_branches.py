@@ -21,11 +21,11 @@ class Forms(NamedTuple):
     separate: MultiBranchConv
 
 
-def both_forms(conv, bn, *, branches=2, scale=True, identity=True, branches_as="auto", seed=1) -> Forms:
+def both_forms(conv, bn, *, branches=2, scale_branch=True, identity=True, implementation="auto", seed=1) -> Forms:
     """In training, with weights, gammas and statistics that are nowhere zero, so that every branch counts."""
-    wanted = {"branches": branches, "scale": scale, "identity": identity}
-    separate = MultiBranchConv(copy.deepcopy(conv), copy.deepcopy(bn), branches_as="separate", **wanted)
-    as_one = MultiBranchConv(conv, bn, branches_as=branches_as, **wanted)
+    wanted = {"branches": branches, "scale_branch": scale_branch, "identity": identity}
+    separate = MultiBranchConv(copy.deepcopy(conv), copy.deepcopy(bn), implementation="separate", **wanted)
+    as_one = MultiBranchConv(conv, bn, implementation=implementation, **wanted)
     randomise(as_one, seed)
     separate.load_state_dict(as_one.state_dict(), strict=True)
     assert separate.form is None

@@ -66,7 +66,7 @@ optimizer: {{name: adamw, lr: 1.0e-3}}
 schedule: {{epochs: 4, warmup_epochs: 1}}
 ema: {{decay: 0.9}}
 batch_size: 16
-watch: {{trackers: [], updates: 3}}
+logging: {{trackers: [], updates: 3}}
 output: {folder}/run
 seed: 3
 """

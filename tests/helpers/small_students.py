@@ -35,11 +35,11 @@ def stock(name):
     return build_student(name, 10, library=MODELS[name][0])
 
 
-def expanded(model, name, branches_as="auto"):
+def expanded(model, name, implementation="auto"):
     """With the default kinds, or with all of them where most convolutions are dense or grouped."""
     kinds = ALL_KINDS if name in ("resnet18", "regnety_002", "mobilenetv4_conv_small") else ALL_KINDS[:2]
     example = images(name, 1).to(next(model.parameters()).dtype)
-    return expand(model, example, kinds=kinds, branches_as=branches_as)
+    return expand(model, example, conv_types=kinds, implementation=implementation)
 
 
 def images(name, count, seed=0):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.store.topk import SoftLabels
 from softshard.trainer.losses import TailPolicy, distillation_loss, mixed_labels, topk_kl
 
@@ -35,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, SoftLabels]:
     return random_case(draw(st.integers(0, 10**6)), classes, draw(st.integers(1, classes)))
 
 
-def with_shares(soft: SoftLabels, classes: int, seed: int) -> SoftLabels:
+def with_tail_distribution(soft: SoftLabels, classes: int, seed: int) -> SoftLabels:
     """The same soft labels, their tail spread unevenly."""
     shape = torch.randn(len(soft.tail), classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return soft._replace(tail_distribution=torch.softmax(3 * shape.scatter(1, soft.index, -torch.inf), dim=1))
@@ -102,7 +103,7 @@ def test_each_policy_is_its_dense_form_along_a_template(
     logits, soft = case
     if soft.index.shape[1] == logits.shape[1]:
         return
-    soft = with_shares(soft, logits.shape[1], seed)
+    soft = with_tail_distribution(soft, logits.shape[1], seed)
     found = value_and_gradient(lambda x: topk_kl(x, soft, temperature, policy), logits)
     expected = value_and_gradient(lambda x: REFERENCES[policy](x, soft, temperature), logits)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -237,8 +238,8 @@ def test_the_loss_of_mixed_labels_is_the_mixed_loss(smoothing: float) -> None:
     """Also where the two labels are the same, and where nothing is mixed in."""
     logits, _ = random_case(3, 7, 2, rows=4)
     labels, others = torch.tensor([0, 6, 2, 3]), torch.tensor([5, 0, 2, 1])
-    shares = torch.tensor([0.25, 0.5, 0.75, 1.0])
-    mixed = mixed_labels(labels, others, shares, 7)
+    weights = torch.tensor([0.25, 0.5, 0.75, 1.0])
+    mixed = mixed_labels(labels, others, weights, 7)
 
     def loss(hard: Tensor, row: slice | int = slice(None)) -> Tensor:
         rows = logits[row].reshape(-1, 7)
@@ -246,7 +247,7 @@ def test_the_loss_of_mixed_labels_is_the_mixed_loss(smoothing: float) -> None:
         return distillation_loss(rows, hard, [], **options).total  # pyright: ignore[reportArgumentType]
 
     expected = [
-        shares[row] * loss(labels[row : row + 1], row) + (1 - shares[row]) * loss(others[row : row + 1], row)
+        weights[row] * loss(labels[row : row + 1], row) + (1 - weights[row]) * loss(others[row : row + 1], row)
         for row in range(4)
     ]
     assert mixed.sum(dim=1).tolist() == [1.0] * 4
@@ -274,7 +275,7 @@ def test_the_gradient_of_the_whole_loss_is_that_of_the_dense_form(
     generator = torch.Generator().manual_seed(seed)
     other = random_case(seed, classes, int(torch.randint(1, classes + 1, (), generator=generator)))[1]
     if other.index.shape[1] < classes:
-        other = with_shares(other, classes, seed)
+        other = with_tail_distribution(other, classes, seed)
     both = [(1.0, soft), (0.5, other)]
     hard = torch.randint(0, classes, (len(logits),), generator=generator)
     options = {"alpha": alpha, "temperature": temperature, "tail": policy, "label_smoothing": 0.1}
@@ -295,10 +296,16 @@ def test_several_teachers_pull_towards_the_mean_of_their_distributions(policy: T
     torch.testing.assert_close(found, (torch.softmax(logits, 1) - mean) / len(logits), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_as_large_as_the_logits_is_kept_but_the_gradient(policy: TailPolicy) -> None:
-    """No dense distribution of a teacher, and no second copy of the student's, waits for the backward pass."""
+@pytest.mark.parametrize(
+    ("policy", "with_template", "most"),
+    [("drop", False, 2), ("lump", False, 3), ("spread", False, 2), ("spread", True, 3)],
+)
+def test_few_tensors_as_large_as_the_logits_are_kept(policy: TailPolicy, with_template: bool, most: int) -> None:
+    """The student's log-probabilities for the hard and for the soft labels, those of the tail with lump, and the
+    labels' own tail distribution: no dense distribution of a teacher is made for the backward pass."""
     logits, soft = random_case(9, 1000, 5)
+    if with_template:
+        soft = with_tail_distribution(soft, 1000, 9)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         distillation_loss(
@@ -310,4 +317,12 @@ def test_nothing_as_large_as_the_logits_is_kept_but_the_gradient(policy: TailPol
             tail=policy,
             label_smoothing=0.1,
         )
-    assert [tuple(tensor.shape) for tensor in kept] == [(5, 1000)]
+    assert len({tensor.data_ptr() for tensor in kept if tensor.shape == (5, 1000)}) <= most
+
+
+@pytest.mark.parametrize("k", [3, 6])
+def test_an_unknown_tail_policy_is_refused(k: int) -> None:
+    """Also where there is no tail."""
+    logits, soft = random_case(10, 6, k)
+    with pytest.raises(RecipeError, match=r"loss\.tail: expected one of drop, lump, spread, found 'spred'"):
+        topk_kl(logits, soft, 1.0, "spred")  # pyright: ignore[reportArgumentType]

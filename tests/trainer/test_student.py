@@ -65,7 +65,7 @@ def test_a_runs_weights_need_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_recipe_reaches_expand(tmp_path: Path) -> None:
-    expand = "{branches: 2, kinds: [dense, pointwise], scale: false, identity: false, init: split_gamma}"
+    expand = "{branches: 2, conv_types: [dense, pointwise], scale_branch: false, identity: false, init: split_gamma}"
     student = make_student(recipe(tmp_path, ("model", "resnet10t"), ("expand", expand)))
     branches = [module for module in student.modules() if isinstance(module, MultiBranchConv)]
     assert {module.plain.conv.kernel_size for module in branches} == {(1, 1), (3, 3)}
@@ -77,9 +77,11 @@ def test_the_recipe_reaches_expand(tmp_path: Path) -> None:
         torch.testing.assert_close(gamma, gamma.round())  # 1, and 0 at a block's end
 
 
-@pytest.mark.parametrize(("branches_as", "forms"), [("auto", {"depthwise", "closed", "stacked"}), ("separate", {None})])
-def test_the_recipe_says_how_branches_are_computed(tmp_path: Path, branches_as: str, forms: set[str | None]) -> None:
-    student = make_student(recipe(tmp_path, ("model", "mobilenetv2_035"), ("expand.branches_as", branches_as)))
+@pytest.mark.parametrize(
+    ("implementation", "forms"), [("auto", {"depthwise", "closed", "stacked"}), ("separate", {None})]
+)
+def test_the_recipe_says_how_branches_are_computed(tmp_path: Path, implementation: str, forms: set[str | None]) -> None:
+    student = make_student(recipe(tmp_path, ("model", "mobilenetv2_035"), ("expand.implementation", implementation)))
     assert {module.form for module in student.modules() if isinstance(module, MultiBranchConv)} == forms
 
 
@@ -88,15 +90,15 @@ def test_the_recipe_says_how_branches_are_computed(tmp_path: Path, branches_as: 
     [
         ("library", "keras", "--student.library: input should be 'timm' or 'torchvision' (got \"keras\")"),
         (
-            "expand.kinds",
+            "expand.conv_types",
             "[dw]",
-            "{folder}/train.yaml: student.expand.kinds.0: input should be 'depthwise', 'pointwise', 'grouped' or "
+            "{folder}/train.yaml: student.expand.conv_types.0: input should be 'depthwise', 'pointwise', 'grouped' or "
             "'dense' (got \"dw\")",
         ),
         (
-            "expand.branches_as",
+            "expand.implementation",
             "one",
-            "--student.expand.branches_as: input should be 'auto', 'separate' or 'triton' (got \"one\")",
+            "--student.expand.implementation: input should be 'auto', 'fused', 'separate' or 'triton' (got \"one\")",
         ),
         ("expand.init", "ones", "--student.expand.init: input should be 'zero_gamma' or 'split_gamma' (got \"ones\")"),
         ("expand.branches", "0", "--student.expand.branches: input should be greater than or equal to 1 (got 0)"),

@@ -21,16 +21,18 @@ SHOWN = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agreement"))
 def check_trackers(recipe: TrainRecipe) -> None:
     """Raise RecipeError for trackers that Accelerate does not know or whose package is not installed."""
     installed = [str(name) for name in get_available_trackers()]
-    for name in recipe.watch.trackers:
+    for name in recipe.logging.trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise RecipeError(
-                f"watch.trackers: expected trackers of Accelerate ({', '.join(LOGGER_TYPE_TO_CLASS)}), found {name!r}"
+                f"logging.trackers: expected trackers of Accelerate ({', '.join(LOGGER_TYPE_TO_CLASS)}), found {name!r}"
             )
         if name not in installed:
-            raise RecipeError(f"watch.trackers: expected {name} to be installed, found that it is not; pip install it")
+            raise RecipeError(
+                f"logging.trackers: expected {name} to be installed, found that it is not; pip install it"
+            )
 
 
-class Watch:
+class ProgressLog:
     """The live line and the trackers of a run; every process has one, the first one shows."""
 
     def __init__(self, accelerator: Accelerator, recipe: TrainRecipe, update: int, updates: int) -> None:
@@ -38,7 +40,7 @@ class Watch:
         self._update, self._updates = update, updates
         self._shows, self._warned = accelerator.is_main_process, False
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "ProgressLog":
         self._bar = tqdm(
             desc=self._recipe.output,
             total=self._updates,

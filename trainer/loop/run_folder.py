@@ -37,7 +37,7 @@ BEST, WEIGHTS = "best.safetensors", "model.safetensors"
 # statistics are those of a part of a batch, so that with another accumulation they are of more or fewer images.
 MAY_CHANGE = {
     "output": True,
-    "watch": True,
+    "logging": True,
     "evaluation": True,
     "checkpoint_minutes": True,
     "accumulation": True,

@@ -18,7 +18,7 @@ from softshard.trainer.data.soft_labels import LabelReader
 from softshard.trainer.data.training_set import TrainingSet, open_training_set, rank_slice
 from softshard.trainer.loop.checks import check_batch, check_batch_norm, check_same_start, memory_advice, not_finite
 from softshard.trainer.loop.curves import plot_curves
-from softshard.trainer.loop.progress import Clock, Watch, check_trackers
+from softshard.trainer.loop.progress import Clock, ProgressLog, check_trackers
 from softshard.trainer.loop.run_folder import (
     BEST,
     CURVES,
@@ -49,7 +49,7 @@ def train(recipe: TrainRecipe) -> bool:
     folder = Path(recipe.output)
     project = ProjectConfiguration(str(folder), str(folder / "tensorboard"))
     accelerator = train_accelerator(
-        recipe, "train", log_with=list(recipe.watch.trackers) or None, project_config=project
+        recipe, "train", log_with=list(recipe.logging.trackers) or None, project_config=project
     )
     check_batch(recipe, accelerator.num_processes)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
@@ -127,7 +127,7 @@ class _Run:
         self._saved = time.monotonic()
         update = self.progress.epoch * self._steps + self.progress.step
         check_same_start(self.recipe, self.accelerator, update)
-        self._watch = Watch(self.accelerator, self.recipe, update, self.learner.updates)
+        self._watch = ProgressLog(self.accelerator, self.recipe, update, self.learner.updates)
         self._stop, self._agree = StopSignal(), CollectiveFlags(self.accelerator)
         self._reader = LabelReader(self.training.stores)
 
@@ -177,7 +177,7 @@ class _Run:
         if due:
             self._saved = time.monotonic()  # asked for once, though it may be granted an update later
         stop, due = self._agree(self._stop.received, due, now=last)
-        if stop or due or last or self.progress.step % self.recipe.watch.updates == 0:
+        if stop or due or last or self.progress.step % self.recipe.logging.updates == 0:
             self._look(update)
         if stop or (last and self._is_validated(self.progress.epoch)) or (due and not last):
             self._save()  # before a validation, too, which takes long enough to be interrupted
@@ -195,7 +195,7 @@ class _Run:
         means = dict(zip(("loss", "hard_loss", "soft_loss"), losses.mean(dim=(0, 1)).tolist(), strict=True))
         self._watch.losses(update + 1, means | {"lr": self.learner.lr} | self._clock.read())
         last = self.progress.step == self._steps
-        if last or self.progress.step > self.recipe.watch.updates:  # an epoch begins with some waiting
+        if last or self.progress.step > self.recipe.logging.updates:  # an epoch begins with some waiting
             self._watch.waiting(self.progress.epoch, self._epoch_clock.figures()["data_wait"])
 
     def _check_finite(self, first: int, losses: Tensor) -> None:

@@ -49,15 +49,15 @@ class MultiBranchConv(nn.Module):
 
     [N, in_channels, H, W] -> [N, out_channels, H', W'], of the shape and dtype of the plain pair's output.
 
-    The 1 x 1 branch (`scale`) exists where k > 1, the identity branch where input and output have the same channels
-    and the same pixels. Both see the pixels under the kernel's center tap, whatever the padding.
+    The 1 x 1 branch (`scale_branch`) exists where k > 1, the identity branch where input and output have the same
+    channels and the same pixels. Both see the pixels under the kernel's center tap, whatever the padding.
     Branch 0 takes over the parameters and buffers of `conv` and `bn`; the others start with the ordinary
     initialization of nn.Conv2d and gamma 0. So before the first step the sum equals the plain pair.
     The ReLU or ReLU6 of a BatchNormAct2d is applied here (`act`); any other, and its dropout, in `plain.after`, which
     belongs in the place of `bn`.
 
     In training all branches of a layer go through one convolution where that is cheaper, with the same results up to
-    rounding (one_convolution.py); `branches_as="separate"` always computes them one by one, "triton" also depthwise
+    rounding (one_convolution.py); `implementation="separate"` always computes them one by one, "triton" also depthwise
     layers on a GPU through one.
     """
 
@@ -67,9 +67,9 @@ class MultiBranchConv(nn.Module):
         bn: nn.BatchNorm2d,
         *,
         branches: int,
-        scale: bool,
+        scale_branch: bool,
         identity: bool,
-        branches_as: str = "auto",
+        implementation: str = "auto",
     ) -> None:
         super().__init__()
         self.act = _own_activation(bn)
@@ -77,9 +77,9 @@ class MultiBranchConv(nn.Module):
         self.plain = _plain_pair(conv, bn, self.act)
         self.branches = nn.ModuleList([_first_branch(conv, bn)])
         self.branches.extend(_new_branch(conv, bn) for _ in range(branches - 1))
-        self.scale = _new_scale_branch(conv, bn) if scale and has_scale(conv) else None
+        self.scale = _new_scale_branch(conv, bn) if scale_branch and has_scale(conv) else None
         self.identity = _zero_bn(bn) if identity and has_identity(conv) else None
-        self.form: Form | None = form_of(conv, branches, self.identity is not None, branches_as)
+        self.form: Form | None = form_of(conv, branches, self.identity is not None, implementation)
         self.train(bn.training)
 
     def conv_bns(self) -> list[ConvBN]:

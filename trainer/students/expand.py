@@ -13,7 +13,7 @@ from softshard.pipeline.runtime.errors import RecipeError, few
 from softshard.trainer.students.branches import MultiBranchConv
 from softshard.trainer.students.fused.conv_geometry import has_identity, has_scale
 from softshard.trainer.students.fused.depthwise import runs_here
-from softshard.trainer.students.fused.dispatch import BranchesAs
+from softshard.trainer.students.fused.dispatch import Implementation
 from softshard.trainer.students.trace import SHARED, Found, Kind, LeftAlone, Pair, find_pairs
 
 Init = Literal["zero_gamma", "split_gamma"]
@@ -26,18 +26,18 @@ def expand(
     example_input: Tensor,
     *,
     branches: int = 3,
-    kinds: Collection[str] = ("depthwise", "pointwise"),
-    scale: bool = True,
+    conv_types: Collection[str] = ("depthwise", "pointwise"),
+    scale_branch: bool = True,
     identity: bool = True,
     init: str = "zero_gamma",
-    branches_as: str = "auto",
+    implementation: str = "auto",
 ) -> nn.Module:
-    """Replace the convolution -> batch norm pairs of the given kinds by sums of branches; return the same model.
+    """Replace the convolution -> batch norm pairs of the given types by sums of branches; return the same model.
 
-    Each of these convolutions gets `branches` parallel copies of its shape, with `scale` a 1 x 1 branch (where its
-    kernel is larger), with `identity` an identity branch (where input and output agree), each with its
+    Each of these convolutions gets `branches` parallel copies of its shape, with `scale_branch` a 1 x 1 branch (where
+    its kernel is larger), with `identity` an identity branch (where input and output agree), each with its
     own batch norm (RepVGG, arXiv 2101.03697; MobileOne, 2206.04040; the recipe of GhostNetV3, 2404.11202).
-    A pair that would get no second branch stays as it is. The kinds are depthwise (one group for each input channel),
+    A pair that would get no second branch stays as it is. The types are depthwise (one group for each input channel),
     pointwise (1 x 1 in one group), dense (k x k in one group) and grouped.
 
     Right after expand the model computes what it computed before. With `init` zero_gamma branch 0 keeps what the pair
@@ -47,8 +47,9 @@ def expand(
     1511.05641), and the 1 x 1 and identity branches with gamma 0: the same up to rounding. Random numbers come from
     torch's global generator.
 
-    In training, `branches_as` auto computes all branches of a depthwise or pointwise layer through one convolution,
-    with the same results up to rounding (one_convolution.py); separate computes each by itself. triton is auto and, on
+    In training, `implementation` auto computes all branches of a depthwise or pointwise layer through one convolution,
+    with the same results up to rounding (fused/); separate computes each by itself; fused is an error where this
+    machine lacks the kernels for depthwise layers, instead of separate branches. triton is auto and, on
     a GPU, where auto leaves depthwise layers separate, those through one convolution, too, by kernels in Triton. They
     have been run in Triton's interpreter alone, on a CPU: measure before you use them.
 
@@ -56,42 +57,58 @@ def expand(
     classifiers of images); see find_pairs for what is found with it. Expand before the model is wrapped (DDP),
     compiled or converted to SyncBatchNorm, and before its optimizer is made. Hooks on replaced modules no longer run.
 
-    One line in the log of this module says what was expanded and which convolutions of these kinds were left alone: a
+    One line in the log of this module says what was expanded and which convolutions of these types were left alone: a
     warning where one of them is shared or its output is read more than once, otherwise at level INFO.
 
-    Raises RecipeError, with the model unchanged, when branches is below 1, a kind, init or branches_as is unknown,
-    Triton is asked for and not installed, the model rejects `example_input`, or there is nothing to expand.
+    Raises RecipeError, with the model unchanged, when branches is below 1, a kind, init or implementation is unknown,
+    fused or triton is asked for and cannot be had, the model rejects `example_input`, or there is nothing to expand.
     """
-    _check_arguments(branches, kinds, init, branches_as)
+    _check_arguments(branches, conv_types, init, implementation)
     found = _find(model, example_input)
-    chosen = [pair for pair in found.pairs if pair.kind in kinds and _gains(model, pair, branches, scale, identity)]
+    chosen = [
+        pair
+        for pair in found.pairs
+        if pair.kind in conv_types and _gains(model, pair, branches, scale_branch, identity)
+    ]
     if not chosen:
-        raise RecipeError(_nothing_to_expand(model, found, branches, kinds, scale, identity))
+        raise RecipeError(_nothing_to_expand(model, found, branches, conv_types, scale_branch, identity))
     for pair in chosen:
-        expanded = _expand_pair(model, pair, branches, scale, identity, branches_as)
+        expanded = _expand_pair(model, pair, branches, scale_branch, identity, implementation)
         if init == "split_gamma":
             _split_gamma(expanded)
-    _report(chosen, [conv for conv in found.left_alone if conv.kind in kinds])
+    _report(chosen, [conv for conv in found.left_alone if conv.kind in conv_types])
     return model
 
 
-def _check_arguments(branches: int, kinds: Collection[str], init: str, branches_as: str) -> None:
+def _check_arguments(branches: int, conv_types: Collection[str], init: str, implementation: str) -> None:
     if branches < 1:
         raise RecipeError(f"student.expand.branches: expected at least 1, found {branches}")
     known = ", ".join(get_args(Kind))
-    if isinstance(kinds, str) or not kinds:
-        raise RecipeError(f"student.expand.kinds: expected a list with some of {known}, found {kinds!r}")
-    for kind in kinds:
+    if isinstance(conv_types, str) or not conv_types:
+        raise RecipeError(f"student.expand.conv_types: expected a list with some of {known}, found {conv_types!r}")
+    for kind in conv_types:
         if kind not in get_args(Kind):
-            raise RecipeError(f"student.expand.kinds: expected some of {known}, found {kind!r}")
-    for name, value, values in (("init", init, get_args(Init)), ("branches_as", branches_as, get_args(BranchesAs))):
+            raise RecipeError(f"student.expand.conv_types: expected some of {known}, found {kind!r}")
+    for name, value, values in (
+        ("init", init, get_args(Init)),
+        ("implementation", implementation, get_args(Implementation)),
+    ):
         if value not in values:
             raise RecipeError(f"student.expand.{name}: expected one of {', '.join(values)}, found {value!r}")
-    if branches_as == "triton" and find_spec("triton") is None:
+    if implementation == "fused" and "depthwise" in conv_types and not _has_depthwise_kernels():
         raise RecipeError(
-            "student.expand.branches_as: expected the package triton for 'triton', found that it is not installed; "
+            "student.expand.implementation: expected kernels for depthwise layers on this machine for 'fused', found "
+            "none; set auto or separate"
+        )
+    if implementation == "triton" and find_spec("triton") is None:
+        raise RecipeError(
+            "student.expand.implementation: expected the package triton for 'triton', found that it is not installed; "
             "pip install triton, or set auto"
         )
+
+
+def _has_depthwise_kernels() -> bool:
+    return find_spec("triton") is not None if torch.cuda.is_available() else runs_here()
 
 
 def _find(model: nn.Module, example_input: Tensor) -> Found:
@@ -105,19 +122,21 @@ def _find(model: nn.Module, example_input: Tensor) -> Found:
         ) from error
 
 
-def _gains(model: nn.Module, pair: Pair, branches: int, scale: bool, identity: bool) -> bool:
+def _gains(model: nn.Module, pair: Pair, branches: int, scale_branch: bool, identity: bool) -> bool:
     conv = model.get_submodule(pair.conv)
     assert isinstance(conv, nn.Conv2d)
-    return branches > 1 or (scale and has_scale(conv)) or (identity and has_identity(conv))
+    return branches > 1 or (scale_branch and has_scale(conv)) or (identity and has_identity(conv))
 
 
 def _expand_pair(
-    model: nn.Module, pair: Pair, branches: int, scale: bool, identity: bool, branches_as: str
+    model: nn.Module, pair: Pair, branches: int, scale_branch: bool, identity: bool, implementation: str
 ) -> MultiBranchConv:
     conv, bn = model.get_submodule(pair.conv), model.get_submodule(pair.bn)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(bn, nn.BatchNorm2d)
-    expanded = MultiBranchConv(conv, bn, branches=branches, scale=scale, identity=identity, branches_as=branches_as)
+    expanded = MultiBranchConv(
+        conv, bn, branches=branches, scale_branch=scale_branch, identity=identity, implementation=implementation
+    )
     model.set_submodule(pair.conv, expanded)
     model.set_submodule(pair.bn, expanded.plain.after)
     return expanded
@@ -165,11 +184,11 @@ def _listing(left_alone: Sequence[LeftAlone]) -> str:
 
 
 def _nothing_to_expand(
-    model: nn.Module, found: Found, branches: int, kinds: Collection[str], scale: bool, identity: bool
+    model: nn.Module, found: Found, branches: int, conv_types: Collection[str], scale_branch: bool, identity: bool
 ) -> str:
     return (
-        f"student.expand: expected convolution -> batch norm pairs of kind {' or '.join(kinds)} in "
-        f"{type(model).__name__} that gain from branches={branches}, scale={scale}, identity={identity}; "
+        f"student.expand: expected convolution -> batch norm pairs of kind {' or '.join(conv_types)} in "
+        f"{type(model).__name__} that gain from branches={branches}, scale_branch={scale_branch}, identity={identity}; "
         f"found pairs: {_counts(found.pairs)}; convolutions left alone: {_listing(found.left_alone)}; "
-        "change kinds or branches, or set student.expand to null"
+        "change conv_types or branches, or set student.expand to null"
     )

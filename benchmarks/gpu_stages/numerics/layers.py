@@ -145,7 +145,7 @@ def _errors(case: Case, precision: str, device: str, outcome: Outcome) -> dict[s
     torch.manual_seed(0)
     # rounding moves values across an activation's limits, where gradients jump; in float32 it is rare, and left out
     conv, activation = case.conv(), case.activation if precision == "float32" else "none"
-    forms = both_forms(conv, norm(conv.out_channels, activation), branches_as="triton")
+    forms = both_forms(conv, norm(conv.out_channels, activation), implementation="triton")
     x = batch(*case.images, mean=case.mean).to(HALVES.get(precision, torch.float32))
     expected = step(rounded(forms, torch.float64).separate, x.double())
     layers = [form.to(device) for form in forms]

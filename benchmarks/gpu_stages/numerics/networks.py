@@ -72,7 +72,7 @@ def _student(setting: Setting, name: str, form: str) -> nn.Module:
     library: Any = "torchvision" if name.startswith("shufflenet") else "timm"
     plain: Any = build_student(name, CLASSES, library=library)
     plain.drop_rate = 0.0
-    model = expand(plain, _images(setting, 1), init="split_gamma", branches_as=form)
+    model = expand(plain, _images(setting, 1), init="split_gamma", implementation=form)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.constant_(module.weight, 0.1)

@@ -121,7 +121,7 @@ def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) ->
     from softshard.trainer.recipe import TrainRecipe
 
     student = {"model": "test_efficientnet" if setting.tiny else "mobilenetv2_050", "num_classes": CLASSES}
-    student["expand"] = {"branches": 2, "branches_as": form}
+    student["expand"] = {"branches": 2, "implementation": form}
     batch = {"batch_size": 4 if setting.tiny else 64, "precision": precision}
     recipe = TrainRecipe.model_validate(RECIPE | batch | {"student": student})
     AcceleratorState._reset_state(reset_partial_state=True)  # another precision than that of the check before

@@ -92,7 +92,9 @@ def training(setting: Setting, form: str = "auto") -> Outcome:
     ended = run(setting, command, 190).expect()
     place = {name: checkpoint["progress"][name] for name in ("epoch", "step")}
     after = metrics(folder)
-    outcome = Outcome({"workers": cores(), "branches_as": form, "stopped_at": place} | _figures(stopped, ended, after))
+    outcome = Outcome(
+        {"workers": cores(), "implementation": form, "stopped_at": place} | _figures(stopped, ended, after)
+    )
     outcome.expect(len(before) < len(after), "it did not stop in the middle")
     outcome.expect(after[: len(before)] == before, "it began again")
     numbers = [line["epoch"] for line in after]
@@ -102,7 +104,7 @@ def training(setting: Setting, form: str = "auto") -> Outcome:
 
 
 def _train_command(setting: Setting, store: Path, folder: Path, form: str) -> list[str]:
-    command = [*PYTHON, *train_words(setting, store, folder), "--student.expand.branches_as", form]
+    command = [*PYTHON, *train_words(setting, store, folder), "--student.expand.implementation", form]
     command += ["--precision", "bf16"] if setting.device == "cuda" else []
     small = ["--student.model", "test_efficientnet", "--schedule.epochs", "3", "--batch_size", "64"]
     return command + (small if setting.tiny else [])

@@ -215,7 +215,7 @@ def train_words(setting: Setting, store: Path, folder: Path) -> list[str]:
         train,
     ]
     words += ["--data.validation", validation, "--data.labels", str(store), "--data.workers", str(cores())]
-    return [*words, "--output", str(folder), "--watch.trackers", "[]"]
+    return [*words, "--output", str(folder), "--logging.trackers", "[]"]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

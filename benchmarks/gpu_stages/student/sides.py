@@ -128,9 +128,9 @@ def make_training(model: str, form: str, images: int, setting: Setting, channels
     torch.backends.cudnn.benchmark = True  # as trainer/loop/train.py has it
     torch.manual_seed(0)
     network = build_student(model, size.classes)
-    branches_as = FORMS[form]
-    if branches_as:
-        network = expand(network, torch.zeros(1, 3, size.pixels, size.pixels), branches_as=branches_as)
+    implementation = FORMS[form]
+    if implementation:
+        network = expand(network, torch.zeros(1, 3, size.pixels, size.pixels), implementation=implementation)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     student = Student(network).to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     return Training(student, random_batch(images, size, device, layout), size, device)

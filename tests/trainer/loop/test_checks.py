@@ -91,14 +91,14 @@ REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [
         "optimizers; name another one",
     ),
     (
-        [("watch.trackers", "[tensorbord]")],
+        [("logging.trackers", "[tensorbord]")],
         RecipeError,
-        f"watch.trackers: expected trackers of Accelerate ({', '.join(LOGGER_TYPE_TO_CLASS)}), found 'tensorbord'",
+        f"logging.trackers: expected trackers of Accelerate ({', '.join(LOGGER_TYPE_TO_CLASS)}), found 'tensorbord'",
     ),
     (
-        [("watch.trackers", "[comet_ml]")],
+        [("logging.trackers", "[comet_ml]")],
         RecipeError,
-        "watch.trackers: expected comet_ml to be installed, found that it is not; pip install it",
+        "logging.trackers: expected comet_ml to be installed, found that it is not; pip install it",
     ),
 ]
 
@@ -201,7 +201,7 @@ class TestNotFinite:
     def test_it_stops_the_run_and_its_keys_are_in_a_file(
         self, inputs: Path, tmp_path: Path, nan_in_update_six: None
     ) -> None:
-        recipe = train_recipe(inputs, ("output", str(tmp_path / "run")), ("watch.updates", "100"))
+        recipe = train_recipe(inputs, ("output", str(tmp_path / "run")), ("logging.updates", "100"))
         message = (
             rf"^{tmp_path}/run: epoch 2, step 3: expected a finite loss, found nan; the keys of the 16 images are in "
             rf"{tmp_path}/run/{NOT_FINITE}; under another output, lower optimizer.lr \(0.001\), warm up longer "
@@ -217,7 +217,7 @@ class TestNotFinite:
     @pytest.mark.parametrize("updates", ["100", "1"])
     def test_weights_that_are_not_finite_are_never_saved(self, inputs: Path, tmp_path: Path, updates: str) -> None:
         """An update whose loss is finite may break them: the loss of the next one shows it, or a look before a save."""
-        changes = ("output", str(tmp_path / "run")), ("watch.updates", updates), ("checkpoint_minutes", "1e-9")
+        changes = ("output", str(tmp_path / "run")), ("logging.updates", updates), ("checkpoint_minutes", "1e-9")
 
         def break_weights(learner: softshard.trainer.loop.train_state.TrainState) -> None:
             with torch.no_grad():

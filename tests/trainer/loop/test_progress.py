@@ -23,7 +23,7 @@ from softshard.trainer.loop.run_folder import CURVES, LAST, METRICS
 from softshard.trainer.loop.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TENSORBOARD = ("watch", "{trackers: [tensorboard], updates: 3}")
+TENSORBOARD = ("logging", "{trackers: [tensorboard], updates: 3}")
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -66,7 +66,7 @@ def test_the_recipe_is_in_it(run: Path) -> None:
 def test_a_resumed_run_shows_each_update_once(inputs: Path, run: Path, tmp_path: Path, crashes: int) -> None:
     """Updates after the last checkpoint, that of an epoch's end, are done again: TensorBoard forgets what it saw of
     them, and keeps everything else."""
-    recipe = train_recipe(inputs, TENSORBOARD, ("watch.updates", "1"), ("output", str(tmp_path / "run")))
+    recipe = train_recipe(inputs, TENSORBOARD, ("logging.updates", "1"), ("output", str(tmp_path / "run")))
     with acting(crashes, crash), pytest.raises(Crash):
         train(recipe)
     last = (crashes - 1) // 4 * 4

@@ -81,7 +81,7 @@ class TestOtherRecipes:
             train(train_recipe(inputs, ("optimizer.lr", "0.002"), ("loss.alpha", "0.5")))
 
     def test_what_does_not_change_the_student_is_no_other_recipe(self, inputs: Path, run: Path) -> None:
-        changes = ("data.workers", "1"), ("accumulation", "2"), ("watch.updates", "7"), ("checkpoint_minutes", "1")
+        changes = ("data.workers", "1"), ("accumulation", "2"), ("logging.updates", "7"), ("checkpoint_minutes", "1")
         assert train(train_recipe(inputs, *changes, ("evaluation.epochs", "2")))
 
     def test_before_the_first_checkpoint_a_recipe_may_be_corrected(self, inputs: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def learning_rates(tmp_path: Path, schedule: str) -> list[float]:
 class TestOptimizer:
     @pytest.mark.parametrize("model", ["test_efficientnet", "ghostnetv3_050", "test_vit"])
     def test_norms_and_biases_have_no_weight_decay(self, tmp_path: Path, model: str) -> None:
-        expand = "null" if model == "test_vit" else "{branches: 2, kinds: [dense, depthwise, pointwise]}"
+        expand = "null" if model == "test_vit" else "{branches: 2, conv_types: [dense, depthwise, pointwise]}"
         changes = ("student.model", model), ("student.expand", expand), ("optimizer.weight_decay", "0.1")
         student = make_student(train_recipe(tmp_path, *changes, ("data.size", "160"))).network
         without = {

@@ -210,7 +210,7 @@ def test_published_timm_weights_are_the_start_and_expand_keeps_them(tmp_path, mo
     source = published(1000, "resnet18").eval()
     x = torch.randn(2, 3, 33, 33)
     assert torch.equal(student.forward_features(x), source.forward_features(x))
-    expanded: Any = expand(student, x[:1], kinds=["dense", "pointwise"])
+    expanded: Any = expand(student, x[:1], conv_types=["dense", "pointwise"])
     assert torch.equal(expanded.forward_features(x), source.forward_features(x))
     assert difference(expanded, fold(expanded), x) < 1e-4
 

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @each_model
-@pytest.mark.parametrize("branches_as", ["separate", "auto"])
-def test_expand_changes_nothing_before_the_first_step(name, branches_as):
+@pytest.mark.parametrize("implementation", ["separate", "auto"])
+def test_expand_changes_nothing_before_the_first_step(name, implementation):
     """Separate branches bit for bit: branch 0 is computed by the same kernels as before, and the others add zeros.
     Through one convolution up to rounding, in training alone."""
-    separate = branches_as == "separate"
+    separate = implementation == "separate"
     dtype = torch.float32 if separate else torch.float64
     x = images(name, 4).to(dtype)
     plain = calibrate(randomise(stock(name)).to(dtype), x)
@@ -31,7 +31,7 @@ def test_expand_changes_nothing_before_the_first_step(name, branches_as):
     kept = dict(copied.named_parameters()) | dict(
         copied.named_buffers()
     )  # expand leaves these very tensors in branch 0
-    model = expanded(copied, name, branches_as)
+    model = expanded(copied, name, implementation)
     assert not any(module.training for module in model.modules())
     assert torch.equal(model(x), plain(x))
     outputs = []
@@ -65,7 +65,7 @@ def test_split_gammas_change_nothing_before_the_first_step(branches):
     plain = calibrate(randomise(small().double()), x)
     plain.get_parameter("5.weight").data[:3] = 0  # as at the ends of residual blocks
     copied = copy.deepcopy(plain)
-    model = expand(copied, x[:1], kinds=ALL_KINDS, branches=branches, init="split_gamma")
+    model = expand(copied, x[:1], conv_types=ALL_KINDS, branches=branches, init="split_gamma")
     for training in (False, True, False):  # also with the statistics that a step in training leaves
         assert difference(model.train(training), plain.train(training), x) <= 1e-12
     model.train()(x).square().sum().backward()
@@ -113,7 +113,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize(("kernel", "padding", "dilation"), [(3, 1, 1), (5, 2, 1), (3, 2, 2), (3, 0, 1), (1, 0, 1)])
 def test_which_branches_there_are_and_where_they_lie(conv_type, stride, kernel, padding, dilation):
     conv = conv_type(4, 4, kernel, stride, padding, dilation, groups=4)
-    expanded = MultiBranchConv(conv, nn.BatchNorm2d(4), branches=3, scale=True, identity=True)
+    expanded = MultiBranchConv(conv, nn.BatchNorm2d(4), branches=3, scale_branch=True, identity=True)
     same_places = conv_type is Conv2dSame or 2 * padding == dilation * (kernel - 1)
     assert len(expanded.conv_bns()) == 3
     assert (expanded.scale is not None) == (kernel > 1)
@@ -129,20 +129,20 @@ def test_which_branches_there_are_and_where_they_lie(conv_type, stride, kernel, 
 
 def test_no_identity_branch_between_different_channels():
     conv = nn.Conv2d(4, 8, 1)
-    expanded = MultiBranchConv(conv, nn.BatchNorm2d(8), branches=1, scale=True, identity=True)
+    expanded = MultiBranchConv(conv, nn.BatchNorm2d(8), branches=1, scale_branch=True, identity=True)
     assert expanded.identity is None
 
 
 def test_pairs_that_gain_nothing_stay_plain():
-    model = expand(small(), small_images().float()[:1], branches=1, scale=False)
+    model = expand(small(), small_images().float()[:1], branches=1, scale_branch=False)
     assert [name for name, module in model.named_modules() if isinstance(module, MultiBranchConv)] == ["4"]
 
 
 KINDS = "depthwise, pointwise, grouped, dense"
 NOTHING = (
     "student.expand: expected convolution -> batch norm pairs of kind {} in Sequential that gain from {}; found pairs: "
-    "1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none; change kinds or branches, or set student.expand "
-    "to null"
+    "1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none; change conv_types or branches, or set "
+    "student.expand to null"
 )
 
 
@@ -150,19 +150,25 @@ NOTHING = (
     ("arguments", "message"),
     [
         ({"branches": 0}, "student.expand.branches: expected at least 1, found 0"),
-        ({"kinds": ["depthwise", "dw"]}, f"student.expand.kinds: expected some of {KINDS}, found 'dw'"),
-        ({"kinds": []}, f"student.expand.kinds: expected a list with some of {KINDS}, found []"),
-        ({"kinds": "depthwise"}, f"student.expand.kinds: expected a list with some of {KINDS}, found 'depthwise'"),
-        ({"kinds": ["grouped"]}, NOTHING.format("grouped", "branches=3, scale=True, identity=True")),
+        ({"conv_types": ["depthwise", "dw"]}, f"student.expand.conv_types: expected some of {KINDS}, found 'dw'"),
+        ({"conv_types": []}, f"student.expand.conv_types: expected a list with some of {KINDS}, found []"),
         (
-            {"branches": 1, "scale": False, "identity": False},
-            NOTHING.format("depthwise or pointwise", "branches=1, scale=False, identity=False"),
+            {"conv_types": "depthwise"},
+            f"student.expand.conv_types: expected a list with some of {KINDS}, found 'depthwise'",
+        ),
+        ({"conv_types": ["grouped"]}, NOTHING.format("grouped", "branches=3, scale_branch=True, identity=True")),
+        (
+            {"branches": 1, "scale_branch": False, "identity": False},
+            NOTHING.format("depthwise or pointwise", "branches=1, scale_branch=False, identity=False"),
         ),
         ({"init": "zero"}, "student.expand.init: expected one of zero_gamma, split_gamma, found 'zero'"),
-        ({"branches_as": "one"}, "student.expand.branches_as: expected one of auto, separate, triton, found 'one'"),
         (
-            {"branches_as": "triton"},
-            "student.expand.branches_as: expected the package triton for 'triton', found that it is not installed; "
+            {"implementation": "one"},
+            "student.expand.implementation: expected one of auto, fused, separate, triton, found 'one'",
+        ),
+        (
+            {"implementation": "triton"},
+            "student.expand.implementation: expected the package triton for 'triton', found that it is not installed; "
             "pip install triton, or set auto",
         ),
         (

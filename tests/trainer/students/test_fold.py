@@ -79,7 +79,7 @@ def layers(draw):
         channels_out, *draw(st.sampled_from([(1e-5, 0.1), (1e-3, None)]))
     )
     x = torch.randn(3, channels_in, draw(st.integers(13, 16)), draw(st.integers(13, 16)))
-    wanted = {"branches": draw(st.integers(1, 3)), "scale": draw(st.booleans()), "identity": draw(st.booleans())}
+    wanted = {"branches": draw(st.integers(1, 3)), "scale_branch": draw(st.booleans()), "identity": draw(st.booleans())}
     return conv, bn, x, wanted
 
 
@@ -98,7 +98,7 @@ def test_any_layer_starts_equal_and_folds_exactly(layer):
     expanded = expanded_pair(*copy.deepcopy(plain), **wanted)
     for training in (True, False):
         torch.testing.assert_close(expanded.train(training)(x), plain.train(training)(x), rtol=0, atol=1e-12)
-    assert (expanded[0].scale is not None) == (wanted["scale"] and conv.kernel_size != (1, 1))
+    assert (expanded[0].scale is not None) == (wanted["scale_branch"] and conv.kernel_size != (1, 1))
     assert expanded[0].identity is None or wanted["identity"]
     norms = [module for module in expanded.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(bn.eps, bn.momentum)}
@@ -204,7 +204,7 @@ def test_fold_inside_a_wrapper_and_of_a_part():
 
 
 def test_expand_in_two_goes_and_again_after_fold():
-    model = expand(small().double(), small_images()[:1], kinds=["depthwise"], branches=2)
+    model = expand(small().double(), small_images()[:1], conv_types=["depthwise"], branches=2)
     expand(model, small_images()[:1], branches=4)
     counts = [len(module.conv_bns()) for module in model.modules() if isinstance(module, MultiBranchConv)]
     assert counts == [2, 4, 4]

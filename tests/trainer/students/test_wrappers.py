@@ -77,7 +77,7 @@ def test_gradient_checkpointing_is_what_it_is_in_the_plain_model():
     kept = copy.deepcopy(plain)
     names = {**dict(kept.named_buffers()), **dict(kept.named_parameters())}
     as_one: Any = expand(copy.deepcopy(kept), images(1).double())
-    model: Any = expand(kept, images(1).double(), branches_as="separate")
+    model: Any = expand(kept, images(1).double(), implementation="separate")
     model.load_state_dict(as_one.state_dict(), strict=True)
     assert find_pairs(plain, images(1).double()) == find_pairs(stock(), images(1))
     without = copy.deepcopy(model)
@@ -195,7 +195,7 @@ def a_synchronized_step_in_a_process(rank: int, folder: Path) -> None:
     save_step(model, y, folder / f"{rank}.pt")
 
 
-def narrow(branches_as: str = "auto") -> nn.Module:
+def narrow(implementation: str = "auto") -> nn.Module:
     torch.manual_seed(0)
     plain = nn.Sequential(
         *(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=True), BatchNormAct2d(6)),
@@ -203,9 +203,9 @@ def narrow(branches_as: str = "auto") -> nn.Module:
         *(nn.Conv2d(20, 20, 5, 2, 2, groups=20, bias=False), BatchNormAct2d(20, act_layer=nn.ReLU6)),
         *(nn.Conv2d(20, 20, 1, bias=True), nn.BatchNorm2d(20)),
     )
-    model = expand(plain, torch.randn(1, 6, 9, 8), branches_as=branches_as)
+    model = expand(plain, torch.randn(1, 6, 9, 8), implementation=implementation)
     forms = [module.form for module in model.modules() if isinstance(module, MultiBranchConv)]
-    assert forms == (["depthwise", "closed"] * 2 if branches_as == "auto" else [None] * 4)
+    assert forms == (["depthwise", "closed"] * 2 if implementation == "auto" else [None] * 4)
     return randomise(model).double().train()
 
 

@@ -1,7 +1,7 @@
 """The sums over pixels of DepthwiseBranches on a GPU, in Triton.
 
 Only ever run in Triton's interpreter, on a CPU: nobody has yet measured or tested these kernels on a GPU. Until someone
-has, they are off unless `branches_as` is triton.
+has, they are off unless `implementation` is triton.
 
 Images lie channels last, as for the kernels in C, whose roles these functions have. Two patches that share a pixel
 differ in few ways: what matters is how far two pixels are apart, and under which taps the first lies. So every product

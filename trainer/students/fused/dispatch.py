@@ -4,8 +4,8 @@ Forms, of which each layer's shape chooses one (the alternative, one convolution
 MultiBranchConv does by itself):
 
     depthwise   DepthwiseBranches: statistics from the Gram matrix of the patches; on a CPU
-    triton      the same, and on a GPU as well, in Triton: only where `branches_as` asks for it, for nobody has measured
-                it there
+    triton      the same, and on a GPU as well, in Triton: only where `implementation` is fused or triton, for nobody
+                has measured it there
     closed      PointwiseBranches: statistics from the covariance of the input, for 1 x 1 kernels; anywhere
     stacked     one product and one batch norm with the channels of all branches, then their sum, for 1 x 1 kernels
                 whose input is so much wider than their output that its covariance costs more; anywhere
@@ -28,7 +28,7 @@ from softshard.trainer.students.fused.depthwise import MOST_TAPS, DepthwiseBranc
 from softshard.trainer.students.fused.pointwise import PointwiseBranches, dtype_of_result, images_of, rows_of
 
 Form = Literal["depthwise", "triton", "closed", "stacked"]
-BranchesAs = Literal["auto", "separate", "triton"]
+Implementation = Literal["auto", "fused", "separate", "triton"]
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm  # a SyncBatchNorm is what a conversion leaves
 
 
@@ -44,20 +44,20 @@ class Branches(NamedTuple):
     limits: Limits | None  # of the activation that follows
 
 
-def form_of(conv: nn.Conv2d, branches: int, identity: bool, branches_as: str = "auto") -> Form | None:
+def form_of(conv: nn.Conv2d, branches: int, identity: bool, implementation: str = "auto") -> Form | None:
     """The cheapest form in which `branches` copies of a convolution train; None: as separate branches.
 
     With C inputs and O outputs, the products of a 1 x 1 layer in training cost 3 O C + 2 C C multiplications a pixel in
     the closed form, 3 R O C stacked.
     """
-    if branches_as == "separate":
+    if implementation == "separate":
         return None
     if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "same", "valid"):
         closed = 2 * conv.in_channels < 3 * (branches - 1) * conv.out_channels
         return "closed" if closed or identity else "stacked" if branches > 1 else None
     small = max(conv.kernel_size) <= MOST_TAPS and conv.dilation == (1, 1)
     if small and conv.groups == conv.in_channels == conv.out_channels:
-        return "triton" if branches_as == "triton" else "depthwise"
+        return "triton" if implementation in ("fused", "triton") else "depthwise"
     return None
 
 

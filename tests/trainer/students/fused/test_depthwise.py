@@ -134,7 +134,7 @@ def layers(draw):
         bias=draw(st.booleans()),
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
         branches=draw(st.integers(1, 4)),
-        scale=draw(st.booleans()),
+        scale_branch=draw(st.booleans()),
         identity=draw(st.booleans()),
     )
     height, width = (draw(st.integers(size, size + 40)) for size in forms.separate.plain.conv.kernel_size)
@@ -153,7 +153,7 @@ def test_any_layer(drawn):
 @pytest.mark.parametrize(("scale", "identity"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_branches(branches, scale, identity, bias):
-    forms = layer(6, 3, padding=1, branches=branches, scale=scale, identity=identity, bias=bias)
+    forms = layer(6, 3, padding=1, branches=branches, scale_branch=scale, identity=identity, bias=bias)
     assert len(forms.as_one.norms()) == branches + scale + identity
     assert difference(forms, batch(4, 6, 9, 10)) <= 1e-11
 

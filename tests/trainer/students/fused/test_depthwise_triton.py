@@ -95,13 +95,13 @@ def test_a_layer_on_a_gpu_trains_as_its_branches_do(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("branches_as", "form", "on_gpu"),
-    [("auto", "depthwise", False), ("triton", "triton", True), ("separate", None, False)],
+    ("implementation", "form", "on_gpu"),
+    [("auto", "depthwise", False), ("fused", "triton", True), ("triton", "triton", True), ("separate", None, False)],
 )
-def test_triton_must_be_asked_for(branches_as: str, form: str | None, on_gpu: bool) -> None:
+def test_triton_must_be_asked_for(implementation: str, form: str | None, on_gpu: bool) -> None:
     convolution, _, (_, channels, *size) = LAYERS["stride 1"]
     model = nn.Sequential(convolution(), nn.BatchNorm2d(channels))
-    layer = expand(model, torch.zeros(1, channels, *size), branches_as=branches_as).get_submodule("0")
+    layer = expand(model, torch.zeros(1, channels, *size), implementation=implementation).get_submodule("0")
     assert isinstance(layer, MultiBranchConv)
     assert layer.form == form
     with FakeTensorMode():
@@ -114,8 +114,8 @@ def test_triton_must_be_asked_for(branches_as: str, form: str | None, on_gpu: bo
 def test_triton_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["softshard.trainer.students.expand"], "find_spec", lambda package: None)
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))
-    with pytest.raises(RecipeError, match=r"student\.expand\.branches_as: expected the package triton .* set auto"):
-        expand(model, torch.zeros(1, 4, 6, 7), branches_as="triton")
+    with pytest.raises(RecipeError, match=r"student\.expand\.implementation: expected the package triton .* set auto"):
+        expand(model, torch.zeros(1, 4, 6, 7), implementation="triton")
     expand(model, torch.zeros(1, 4, 6, 7))
 
 
@@ -206,7 +206,7 @@ def patches(x: Tensor, geometry: ConvGeometry, size: tuple[int, int]) -> Tensor:
 def layer(name: str) -> tuple[Forms, Tensor]:
     torch.manual_seed(0)
     conv, activation, shape = LAYERS[name]
-    forms = both_forms(conv(), norm(shape[1], activation), branches_as="triton")
+    forms = both_forms(conv(), norm(shape[1], activation), implementation="triton")
     assert forms.as_one.form == "triton"
     return Forms(forms.as_one, forms.separate.double()), batch(*shape).float().double()
 

@@ -242,8 +242,8 @@ def in_both_forms(name) -> tuple[nn.Module, nn.Module]:
     """In float64, with all gammas far from 0."""
     torch.manual_seed(0)
     models = []
-    for branches_as in ("auto", "separate"):
-        model = expand(stock(name), images(name, 1), branches_as=branches_as)
+    for implementation in ("auto", "separate"):
+        model = expand(stock(name), images(name, 1), implementation=implementation)
         models.append(randomise(model).double().train())
     models[1].load_state_dict(models[0].state_dict(), strict=True)
     forms = [module.form for module in models[0].modules() if isinstance(module, MultiBranchConv)]
@@ -284,7 +284,9 @@ def test_each_image_keeps_less_for_the_backward_pass_than_in_the_plain_model(nam
     """Bytes of activations at 64 pixels, of which separate branches keep 1.7 times as many; and, whatever the batch,
     arrays of the size of the weights."""
     plain, x = stock(name), images(name, 8)
-    forms = [expand(copy.deepcopy(plain), x[:1], branches_as=branches_as) for branches_as in ("auto", "separate")]
+    forms = [
+        expand(copy.deepcopy(plain), x[:1], implementation=implementation) for implementation in ("auto", "separate")
+    ]
     of_four, of_eight = ([bytes_kept(model, x[:count]) for model in (plain, *forms)] for count in (4, 8))
     of_plain, of_one, of_separate = (eight - four for eight, four in zip(of_eight, of_four, strict=True))
     assert of_one <= 0.8 * of_plain
