@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from helpers.paths import CONFIGS, ROOT
 from helpers.small_runs import mnist_data, write_teacher
 from PIL import Image
@@ -29,6 +30,7 @@ from softshard.pipeline.cli import make_parser, overrides
 from softshard.pipeline.recipes.recipe import LabelRecipe, Model, PackRecipe
 from softshard.pipeline.recipes.yaml_file import load_recipe
 from softshard.trainer.__main__ import add_verbs as add_trainer_verbs
+from softshard.trainer.loop.run_folder import LAST
 from softshard.trainer.recipe import TrainRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +148,19 @@ def test_the_blocks_of_a_page_run(page: str, small_demo: Path, tmp_path: Path, m
                 warnings.simplefilter("ignore", ResourceWarning)  # of webdataset
                 exec(compile(block.text.replace("224, 224", "32, 32"), f"{page}, line {block.line}", "exec"), {})
                 gc.collect()
+    if page == "own-images":
+        check_own_images()
+
+
+def check_own_images() -> None:
+    """Both networks have learned: 40 images in batches of 8."""
+    for name in ("teacher", "student"):
+        optimizer = torch.load(f"runs/own/{name}/{LAST}", weights_only=True)["learner"]["optimizer"]
+        parts = [
+            *optimizer["param_groups"],
+            *optimizer["state"].values(),
+        ]  # LAMB counts for all weights, AdamW for each
+        assert {int(part["step"]) for part in parts if "step" in part} == {5}
 
 
 def run_command(words: list[str], where: str) -> None:
