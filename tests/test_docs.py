@@ -53,8 +53,8 @@ SMALL_NETWORK = "--student.model test_efficientnet --student.pretrained false --
 SMALL = {
     ("label", "demo"): "--workers 1",
     ("verify", "demo"): "--workers 1",
-    ("train", "demo"): SMALL_TRAIN,
-    ("evaluate", "demo"): SMALL_TRAIN,
+    ("train", "demo"): f"{SMALL_TRAIN} --student.model test_efficientnet",
+    ("evaluate", "demo"): f"{SMALL_TRAIN} --student.model test_efficientnet",
     ("label", "own"): "--views.count 3 --workers 1 --precision float32",
     ("train", "own"): f"{SMALL_TRAIN} {SMALL_NETWORK}",
     ("evaluate", "own"): f"{SMALL_TRAIN} {SMALL_NETWORK}",
