@@ -14,6 +14,7 @@ help:
 	@echo "make check  what must pass before a pull request: make lint, make docs, make test"
 	@echo "make lint   ruff and pyright"
 	@echo "make test   the tests"
+	@echo "make docs   the pages of docs/ as a site in build/docs; warnings and broken links are errors"
 	@echo "make test-slow  the tests that take more than a minute each"
 	@echo "make test-python PYTHON=python3.12 [LOWEST=1|NEWEST=1]  the tests on another Python, or on other versions:"
 	@echo "            the lowest that pyproject.toml declares, or the newest there are"
@@ -21,7 +22,7 @@ help:
 	@echo "make ablation-smoke  every row of the study in configs/README.md, two steps each, on a few digits"
 	@echo "make gpu-check  everything a GPU must prove, within 25 minutes; results go to gpu-report.json (GPU_CHECK=options)"
 	@echo "make gpu-kit  a folder to copy to a GPU machine without network (KIT_PYTHON=python3.12: that machine's version)"
-	@echo "make gpu-table  put the tables of benchmarks/reports/ into README.md"
+	@echo "make gpu-table  put the tables of benchmarks/reports/ into docs/benchmarks.md"
 	@echo "make clean  remove what the demo made"
 
 setup: .venv/.ready
@@ -60,6 +61,11 @@ check:
 	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory test
 
+docs: setup
+	$(PYTHON_BIN) scripts/recipe_keys.py build/recipe-keys
+	$(PYTHON_BIN) -m zensical build --strict --clean
+	$(PYTHON_BIN) scripts/check_links.py build/docs
+
 bench: setup
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON_BIN) benchmarks/$$name.py || exit 1; done
 	@$(MAKE) --no-print-directory bench-seeds
@@ -81,7 +87,7 @@ gpu-kit: setup
 	$(PYTHON_BIN) scripts/gpu_kit.py --python $(KIT_PYTHON)
 
 gpu-table: setup
-	$(PYTHON_BIN) benchmarks/gpu_table.py --into README.md $(wildcard benchmarks/reports/*.json)
+	$(PYTHON_BIN) benchmarks/gpu_table.py --into docs/benchmarks.md $(wildcard benchmarks/reports/*.json)
 
 clean:
 	rm -rf data/demo runs/demo export/demo

@@ -1,7 +1,7 @@
-"""Tables from the reports of gpu_check.py, for README.md: no figure of a GPU is written by hand.
+"""Tables from the reports of gpu_check.py, for docs/benchmarks.md: no figure of a GPU is written by hand.
 
-    python benchmarks/gpu_table.py gpu-report.json                  prints them
-    python benchmarks/gpu_table.py --into README.md benchmarks/reports/*.json   puts them between the file's two marks
+    python benchmarks/gpu_table.py gpu-report.json      prints them
+    python benchmarks/gpu_table.py --into docs/benchmarks.md benchmarks/reports/*.json      puts them between its marks
 
 Reports of tiny runs are refused: they show that the check works, and nothing about a machine. Without any report the
 text says that nothing was run.

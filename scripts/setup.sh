@@ -76,7 +76,7 @@ if ! { [ -x "$venv/bin/python" ] && supported "$venv/bin/python"; }; then
 fi
 say "installing the packages into $venv: two to ten minutes and 6 GB at first, seconds when they are there"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
-    --editable '.[demo,dev,onnx]' ||
+    --editable '.[demo,dev,docs,onnx]' ||
     fail "expected pip to install the packages, found that it could not (its message is above); run again when that is mended"
 "$venv/bin/python" -c 'import torchvision; torchvision.ops.nms' ||
     fail "expected torch and torchvision to be a matching pair, found that torchvision does not import; remove $venv and run

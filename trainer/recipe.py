@@ -23,7 +23,9 @@ class LabelsRecipe(Model):
     """A store, and the weight of its labels relative to those of other stores."""
 
     store: str
+    """Folder or bucket of the labels."""
     weight: float = Field(default=1.0, gt=0)
+    """Weight of its divergence, relative to the other stores'."""
 
 
 def _one_store(value: Any) -> Any:
@@ -39,53 +41,75 @@ Stores = Annotated[
 
 
 class DataRecipe(Model):
-    """`labels` is a store, or a list of {store, weight}, one for each teacher; null trains on hard labels alone.
-    `views` and `top_k` use the first views and the most probable classes of a store alone; null: all.
-    `missing_labels: skip` leaves out rows that a store does not hold. `crop_pct` is timm's, for the center crop of the
-    validation."""
+    """Packed images to train on and to validate with, and the labels."""
 
     train: str
+    """The .beton to train on."""
     validation: str
+    """The .beton to validate with."""
     labels: Stores | None
+    """A store, or a list of stores with weights, one for each teacher; null: hard labels alone."""
     views: int | None = Field(default=None, ge=1)
+    """Use the first so many views of the store; null: all."""
     top_k: int | None = Field(default=None, ge=1)
+    """Use the so many most probable classes of the store; null: all."""
     size: int = Field(ge=1)
+    """Pixels of a view's side."""
     workers: int = Field(default=8, ge=1)
+    """Threads that decode and augment, for each process."""
     crop_pct: float = Field(default=0.875, gt=0, le=1)
+    """timm's crop_pct, for the center crop of the validation."""
     missing_labels: Literal["error", "skip"] = "error"
+    """What to do with images that a store does not hold."""
 
 
 class ExpandRecipe(Model):
+    """The branches that convolutions have while the student trains."""
+
     branches: int = Field(default=3, ge=1)
+    """Copies of each convolution, each with its own batch norm."""
     conv_types: tuple[ConvType, ...] = ("depthwise", "pointwise")
+    """Which convolutions get branches; also `dense` and `grouped`."""
     scale_branch: bool = True
+    """A 1 x 1 branch beside larger kernels."""
     identity: bool = True
+    """The input itself as a branch, where it has the output's shape."""
     init: Init = "zero_gamma"
+    """`zero_gamma` starts as the plain network bit for bit; `split_gamma` with the weights spread over the branches."""
     implementation: Implementation = "auto"
+    """How the branches of a layer are computed."""
 
 
 class StudentRecipe(Model):
-    """`expand: null` trains the plain network. `pretrained: true` starts from the library's published weights with, for
-    other classes than theirs, a fresh classifier; `checkpoint` from a local file, which must fit, or with
-    `pretrained: true` holds published weights."""
+    """The network that is trained."""
 
     model: str
+    """A timm or torchvision classifier, or ghostnetv3_050, _100, _130 or _160."""
     library: Library = "timm"
+    """Where the name is looked up."""
     num_classes: int = Field(ge=2)
+    """Number of classes."""
     pretrained: bool = False
+    """Start from published weights; for other classes with a fresh classifier."""
     checkpoint: str | None = None
+    """Start from a local file, which must fit; with `pretrained` it holds the published weights."""
     expand: ExpandRecipe | None = None
+    """Branches while it trains; null: the plain network."""
 
 
 class LossRecipe(Model):
-    """`alpha` weighs soft labels against hard ones. The temperature goes from `temperature` to `final_temperature` in
-    equal steps, one each update; null: it stays."""
+    """(1 - alpha) cross-entropy on hard labels + alpha T^2 KL(teacher || student) at temperature T."""
 
     alpha: Fraction = 0.9
+    """Weight of the soft labels; 1 - alpha is that of the hard ones."""
     temperature: float = Field(default=1.0, gt=0)
+    """T, at the first update."""
     final_temperature: float | None = Field(default=None, gt=0)
+    """T at the last update, reached in equal steps; null: it stays."""
     tail: TailPolicy = "spread"
+    """What classes outside the top k contribute."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Of the hard labels."""
 
 
 def _optimizer_name(name: str) -> str:
@@ -101,16 +125,20 @@ def _optimizer_name(name: str) -> str:
 
 
 class OptimizerRecipe(Model):
-    """An optimizer of timm.optim; `options` are its own arguments, such as `betas`. Norms and biases have no weight
-    decay. `clip_grad` bounds the gradient's norm, its values, or, adaptively, each filter's norm relative to that of
-    its weights (agc, arXiv 2102.06171); null: no bound."""
+    """An optimizer of timm.optim. Norms and biases have no weight decay."""
 
     name: Annotated[str, AfterValidator(_optimizer_name)] = "lamb"
+    """A name of timm.optim."""
     lr: float = Field(gt=0)
+    """Learning rate after the warm-up, for the global batch."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Weight decay."""
     options: dict[str, bool | float | tuple[float, ...]] = Field(default_factory=dict)
+    """Arguments of the optimizer itself, such as `betas` or `eps`."""
     clip_grad: float | None = Field(default=None, gt=0)
+    """Bound of the gradient; null: none."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """What is bounded: the norm, each value, or each filter's norm relative to its weights' (arXiv 2102.06171)."""
 
     @field_validator("lr")
     @classmethod
@@ -123,15 +151,20 @@ class OptimizerRecipe(Model):
 
 
 class ScheduleRecipe(Model):
-    """The learning rate: linear warm-up from zero, then down to `min_lr` (cosine, linear), or by `decay_rate` every
-    `decay_epochs` (step), or constant; all within `epochs`, and changed every update."""
+    """The learning rate, which changes every update: linear warm-up from zero, then the named curve."""
 
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """Down to min_lr (cosine, linear), by decay_rate every decay_epochs (step), or constant."""
     epochs: int = Field(ge=1)
+    """Epochs in all; epoch e sees view e mod V."""
     warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs of warm-up, part of `epochs`."""
     min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end, of cosine and linear."""
     decay_epochs: int | None = Field(default=None, ge=1)
+    """Epochs between two steps, of step alone."""
     decay_rate: float | None = Field(default=None, gt=0, lt=1)
+    """Factor of each step, of step alone."""
 
     @field_validator("warmup_epochs")
     @classmethod
@@ -164,28 +197,31 @@ class EmaRecipe(Model):
     1 - (n + 1)^(-2/3), for short runs: it is 0.99 after 1,000 updates, and 0.9999 after a million."""
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
+    """Decay of the average."""
     warmup: bool = False
+    """Smaller decays at first, for short runs."""
 
 
 class EvaluationRecipe(Model):
-    """The student is validated after every `epochs` epochs and at the end; its agreement with the teacher is that of
-    their predictions on a view of `agreement` training images, always the same."""
+    """How often the student is validated, which it is at the end in any case."""
 
     epochs: int = Field(default=1, ge=1)
+    """Epochs between two validations."""
     agreement: int = Field(default=2048, ge=0)
+    """On so many training images the student's predictions are compared with the teacher's; always the same view."""
 
 
 class LoggingRecipe(Model):
-    """`trackers` are Accelerate's: tensorboard, wandb, ... Losses are logged as means of `updates` updates."""
+    """What is logged, and where."""
 
     trackers: tuple[str, ...] = ("tensorboard",)
+    """Accelerate's trackers: tensorboard, wandb, mlflow, ..."""
     updates: int = Field(default=50, ge=1)
+    """Losses are logged as means over so many updates."""
 
 
 class TrainRecipe(Model):
-    """`views` is the view recipe when there is no store to take it from. `batch_size` is global: over all processes and
-    `accumulation` parts, which have their own batch norm statistics each. `checkpoint_minutes` pass between
-    checkpoints within an epoch; there is one after each validation as well."""
+    """One training run of a student, or of a teacher for one's own classes."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "watch": "logging",
@@ -195,22 +231,39 @@ class TrainRecipe(Model):
     }
 
     data: DataRecipe
+    """Images and labels."""
     views: ViewRecipe | None = None
+    """The view recipe, where there is no store to take it from."""
     student: StudentRecipe
+    """The network."""
     loss: LossRecipe = LossRecipe()
+    """The loss."""
     optimizer: OptimizerRecipe
+    """The optimizer."""
     schedule: ScheduleRecipe
+    """The learning rate."""
     ema: EmaRecipe | None = EmaRecipe()
+    """Average of the weights; null: none."""
     batch_size: int = Field(ge=1)
+    """Images of an update, over all processes and parts."""
     accumulation: int = Field(default=1, ge=1)
+    """Parts of a batch, one after the other, each with its own batch norm statistics."""
     precision: Precision = "float32"
+    """Arithmetic of the student, under autocast."""
     sync_batch_norm: bool = False
+    """Batch norm statistics over all processes."""
     compile: bool = False
+    """Compile the student with torch.compile."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    """Validation."""
     logging: LoggingRecipe = LoggingRecipe()
+    """Where losses and scores are logged."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
+    """Minutes between checkpoints within an epoch; there is one after each validation, too."""
     output: str
+    """The run folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of weights, dropout and the order of images."""
 
     @model_validator(mode="after")
     def _one_view_recipe(self) -> "TrainRecipe":

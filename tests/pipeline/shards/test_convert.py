@@ -188,11 +188,9 @@ def test_stock_webdataset_reads_images_beside_their_labels(with_images: tuple[Pa
         assert topk_kl(torch.zeros(manifest.views.count, manifest.classes), soft, 1.0, "spread").isfinite()
 
 
-def test_the_readmes_example_trains(with_images: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
-    [example] = [
-        block for block in readme.split("```") if block.startswith("python\n") and "import webdataset" in block
-    ]
+def test_the_example_of_the_docs_trains(with_images: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/webdataset.md").read_text()
+    [example] = [block for block in page.split("```") if block.startswith("python\n") and "import webdataset" in block]
     assert len([line for line in example.splitlines()[1:] if line]) <= 20
     monkeypatch.chdir(with_images[0].parent)
     names: dict = {}
