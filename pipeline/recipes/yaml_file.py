@@ -7,6 +7,7 @@ Every problem is reported at once as `file: section.key: what is wrong (got X)`.
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -40,15 +41,20 @@ def load_recipe(model: type[M], path: str | Path, overrides: Sequence[Override] 
         )
     for dotted, value in overrides:
         _override(data, dotted, value)
-    try:
-        # through JSON, where a list is a legal tuple and types stay strict
-        recipe = model.model_validate_json(json.dumps(data, default=str))
-    except ValidationError as error:
-        overridden = {dotted for dotted, _ in overrides}
-        raise RecipeError("\n".join(duplicates + _problems(error, str(path), overridden, model.renamed))) from None
-    if duplicates:
-        raise RecipeError("\n".join(duplicates))
-    return recipe
+    return _validated(model, data, str(path), duplicates, {dotted for dotted, _ in overrides})
+
+
+def as_recipe(model: type[M], recipe: M | Mapping[str, Any] | str | PathLike[str]) -> M:
+    """Take a recipe as it is, as plain data, or from a YAML file.
+
+    Raises:
+        RecipeError: as `load_recipe` does.
+    """
+    if isinstance(recipe, model):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _validated(model, recipe, model.__name__, [], set())
+    return load_recipe(model, str(recipe))
 
 
 def dump_recipe(recipe: Model) -> str:
@@ -126,6 +132,20 @@ def _override(data: dict[str, Any], dotted: str, text: str) -> None:
         target[last] = value
     else:
         raise RecipeError(f"--{dotted}: expected a key, found {type(target).__name__} above it")
+
+
+def _validated(
+    model: type[M], data: Mapping[str, Any], name: str, duplicates: Sequence[str], overridden: set[str]
+) -> M:
+    problems = list(duplicates)
+    try:
+        # through JSON, where a list is a legal tuple and types stay strict
+        recipe = model.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise RecipeError("\n".join(problems + _problems(error, name, overridden, model.renamed))) from None
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
 
 
 def _problems(error: ValidationError, name: str, overridden: set[str], renamed: Mapping[str, str]) -> list[str]:
