@@ -12,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small(words: list[str]) -> list[str]:
+def small(words: Sequence[str]) -> list[str]:
     config = Path(words[words.index("--config") + 1]) if "--config" in words else Path()
     changes = SMALL.get((words[0], config.parent.name), "")
     return [*words, *changes.split()]
