@@ -1,11 +1,8 @@
 """run -> exported folder: the folded student as its library loads it, other formats, figures and a card."""
 
 import copy
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from tqdm import tqdm
 from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.recipes.yaml_file import load_recipe
 from softshard.pipeline.runtime.errors import DataError
+from softshard.pipeline.runtime.files import atomic_path
 from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.data.training_set import open_validation_set
@@ -57,7 +55,8 @@ def export(run: Path, out: Path, formats: Sequence[str] = (), best: bool = False
     _warn_if_fresh(student, run)
     difference = _fold_difference(student, run, recipe.data.size)
     job = _job(recipe, student, run)
-    with _new_folder(out) as folder:
+    with atomic_path(out) as folder:
+        folder.mkdir()
         figures = _write(job, recipe, folder, chosen)
         exported = Exported(
             student=recipe.student,
@@ -145,19 +144,6 @@ def _batches(
     loader = ViewLoader(beton, None, pixels.size, BATCH_SIZE, recipe.data.workers, device, pixels.crop_pct)
     for batch in loader.render(rows, CENTER):
         yield pixels.normalize(batch.images), batch.labels
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to; renamed to `out` when the block ends well, removed when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(job: Job, recipe: TrainRecipe, folder: Path, chosen: Sequence[str]) -> dict[str, FormatFigures]:
