@@ -131,9 +131,9 @@ def _products(
 ) -> Tensor:
     """Sum over the batch each pixel of `left` times P pixels of `right`, and the pixel itself, all minus shift [C].
 
-    The result is [rows, columns, P + 1, C]. `size` is the rows and columns of `left`, counted from `left_before` zeros before it on. `partners` are (first,
-    line, P): the pixels of `right` from the one that belongs to the pixel on, in lines of a length, which start `first`
-    pixels before it.
+    The result is [rows, columns, P + 1, C]. `size` is the rows and columns of `left`, counted from `left_before` zeros
+    before it on. `partners` are (first, line, P): the pixels of `right` from the one that belongs to the pixel on, in
+    lines of a length, which start `first` pixels before it.
     """
     channels, count = left.shape[1], partners[2]
     result = torch.empty(*size, count + 1, channels, dtype=left.dtype, device=left.device)
