@@ -61,6 +61,15 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_pickled_code_in_an_exported_folder_is_not_run(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=10)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=False)
+    torch.save({"weight": torch.zeros(1), "run": Evil(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(TeacherError, match=r"expected a model and weights that timm can load"):
+        load_teacher(f"local-dir:{tmp_path}", "timm", None, 32, 10)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", b"\x80\x02garbage", b"\x80\x02}q\x00.", b"\x08\0\0\0\0\0\0\0{}{}{}{}"]

@@ -10,20 +10,27 @@ from softshard.trainer.export.formats.contract import Predictor
 
 
 class Comparison(NamedTuple):
-    """top1, and agreement of predictions with those of a reference, in percent; the largest difference from its logits,
-    relative to the largest of them."""
+    """A predictor against a reference."""
 
-    top1: float
-    agreement: float
-    difference: float
+    top1: float  # percent
+    agreement: float  # percent of predictions that are the reference's
+    difference: float  # the largest one from the reference's logits, relative to the largest of them
 
 
 @torch.inference_mode()
 def compare(
     reference: Predictor, others: Mapping[str, Predictor], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Comparison]:
-    """Each of `others` against the reference, in one pass over batches of normalized images, float32 [N, 3, S, S], and
-    hard labels, int64 [N]."""
+    """Compare predictors with a reference in one pass over images.
+
+    Args:
+        reference: what the others should compute.
+        others: by their names.
+        batches: normalized images, float32 [N, 3, S, S], and their hard labels, int64 [N].
+
+    Returns:
+        A comparison under each name.
+    """
     images, largest = 0, torch.zeros(())
     right, same = dict.fromkeys(others, 0), dict.fromkeys(others, 0)
     difference = dict.fromkeys(others, torch.zeros(()))  # torch's maximum keeps a nan

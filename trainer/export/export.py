@@ -1,11 +1,8 @@
 """run -> exported folder: the folded student as its library loads it, other formats, figures and a card."""
 
 import copy
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from tqdm import tqdm
 from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.recipes.yaml_file import load_recipe
 from softshard.pipeline.runtime.errors import DataError
+from softshard.pipeline.runtime.files import atomic_path
 from softshard.pipeline.views.geometry import CENTER
 from softshard.pipeline.views.loader import ViewLoader
 from softshard.trainer.data.training_set import open_validation_set
@@ -42,12 +40,23 @@ LIBRARIES = ("timm", "torch", "torchvision", "onnx", "onnxruntime", "onnxscript"
 
 
 def export(run: Path, out: Path, formats: Sequence[str] = (), best: bool = False) -> Exported:
-    """Fold a finished run's student, or with `best` that of its best validation so far; write it as a folder of weights
-    (always) and in the named formats; read each again and evaluate it on the run's validation set, on the CPU.
+    """Fold the student of a finished run, write it, read it again and evaluate what was read, on the CPU.
 
-    Prints a warning when no batch norm of the student has seen an image. Raises DataError when there is no finished
-    run, its files do not fit together, the folder exists, a format's packages are not installed, or what was written
-    computes something else than the student; RecipeError for unknown formats.
+    A folder of weights is always written. Prints a warning when no batch norm of the student has seen an image.
+
+    Args:
+        run: the folder of the run.
+        out: the new folder; it appears whole or not at all.
+        formats: names of further formats, from FORMATS.
+        best: take the weights of the best validation so far, not the last ones.
+
+    Returns:
+        What was written into export.json, with figures of each format on the run's validation set.
+
+    Raises:
+        DataError: there is no finished run, its files do not fit together, the folder exists, a format's packages are
+            not installed, or what was written computes something else than the student.
+        RecipeError: a format is unknown.
     """
     weights = run / (BEST if best else WEIGHTS)
     recipe = _open_run(run, weights, out)
@@ -57,7 +66,8 @@ def export(run: Path, out: Path, formats: Sequence[str] = (), best: bool = False
     _warn_if_fresh(student, run)
     difference = _fold_difference(student, run, recipe.data.size)
     job = _job(recipe, student, run)
-    with _new_folder(out) as folder:
+    with atomic_path(out) as folder:
+        folder.mkdir()
         figures = _write(job, recipe, folder, chosen)
         exported = Exported(
             student=recipe.student,
@@ -104,8 +114,11 @@ def _is_fresh(norm: _BatchNorm) -> bool:
 
 @torch.no_grad()
 def _fold_difference(student: Student, run: Path, size: int) -> float:
-    """Largest difference of logits that folding makes in float64, relative to the largest logit, on noise. Raises
-    DataError when it is more than rounding."""
+    """The largest difference of logits that folding makes in float64, relative to the largest logit, on noise.
+
+    Raises:
+        DataError: it is more than rounding.
+    """
     noise = torch.randint(0, 256, (8, 3, size, size), generator=torch.Generator().manual_seed(0))
     exact = copy.deepcopy(student).double()
     expected, found = exact(noise), Student(fold(exact.network)).double()(noise)
@@ -147,19 +160,6 @@ def _batches(
         yield pixels.normalize(batch.images), batch.labels
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to; renamed to `out` when the block ends well, removed when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _write(job: Job, recipe: TrainRecipe, folder: Path, chosen: Sequence[str]) -> dict[str, FormatFigures]:
     """Write the folder of weights and the chosen formats; their files, not yet evaluated."""
     library = recipe.student.library
@@ -180,7 +180,11 @@ def _bytes(path: Path) -> int:
 def _evaluate(
     job: Job, recipe: TrainRecipe, validation: Beton, folder: Path, written: dict[str, FormatFigures]
 ) -> dict[str, FormatFigures]:
-    """The same with figures on the validation set. Raises DataError for a file that computes something else."""
+    """Add figures on the validation set.
+
+    Raises:
+        DataError: a file computes something else than the folded student.
+    """
     predictors: dict[str, Predictor] = {recipe.student.library: load_folder(folder).eval()}
     for name, wanted in FORMATS.items():
         if name in written and wanted.load:

@@ -30,15 +30,14 @@ MARKERS = {"torch": "o", "onnx": "s", "int8": "^", "executorch": "D", "coreml": 
 
 @dataclass(frozen=True)
 class Side:
-    """What is measured: a student in one form and one format (torch: eager). bytes: those of its file, None for torch;
-    predict: on one thread."""
+    """What is measured: a student in one form and one format."""
 
     student: str
     form: Form
-    format: str
+    format: str  # torch: eager
     cost: Cost
-    bytes: int | None
-    predict: Predictor
+    bytes: int | None  # of its file; torch has none
+    predict: Predictor  # on one thread
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,25 @@ class Latency:
 
     @property
     def median(self) -> float:
+        """Milliseconds."""
         return statistics.median(self.rounds)
 
     @property
     def p90(self) -> float:
+        """The 90th percentile, in milliseconds."""
         return sorted(self.rounds)[int(0.9 * len(self.rounds))]
 
 
 def latency(folder: Path, rounds: int) -> list[Latency]:
-    """Measure an exported folder. The unfolded student is built again, with the weights that it starts from.
+    """Measure an exported folder; the unfolded student is built again, with the weights that it starts from.
 
-    Raises DataError when the folder is no export or a file of it is gone, when packages of its formats are not
-    installed, and when there are no rounds.
+    Args:
+        folder: what `export` wrote.
+        rounds: how often each side is measured.
+
+    Raises:
+        DataError: the folder is no export, a file of it is gone, packages of its formats are not installed, or there
+            are no rounds.
     """
     if rounds < 1:
         raise DataError(f"--rounds: expected at least 1, found {rounds}; 50 give a steady median")
@@ -85,7 +91,7 @@ def latency(folder: Path, rounds: int) -> list[Latency]:
 
 
 def unfolded_network(student: StudentRecipe, size: int) -> nn.Module:
-    """The student as it starts to train, in evaluation mode, its weights from a fixed seed."""
+    """Build a student as it starts to train, in evaluation mode, its weights from a fixed seed."""
     assert student.expand is not None
     torch.manual_seed(0)
     plain = build_student(student.model, student.num_classes, library=student.library)
@@ -93,7 +99,7 @@ def unfolded_network(student: StudentRecipe, size: int) -> nn.Module:
 
 
 def sides_of(student: str, form: Form, network: nn.Module, size: int, files: Mapping[str, Path]) -> list[Side]:
-    """A network in eager mode, and the same in the files that this system can run, {format: path}."""
+    """List a network in eager mode, and the same in the files that this system can run, {format: path}."""
     cost = cost_of(network, size)
     sides = [Side(student, form, "torch", cost, None, network.eval())]
     for name, path in files.items():
@@ -105,8 +111,11 @@ def sides_of(student: str, form: Form, network: nn.Module, size: int, files: Map
 
 @torch.inference_mode()
 def measure(sides: Sequence[Side], size: int, rounds: int) -> list[Latency]:
-    """One image of noise in each round for each side, in turns, so that what else the machine does falls on all of
-    them; one before it, which is not timed, brings the side's weights back into the caches."""
+    """Time one image of noise in each round for each side, on one thread.
+
+    Sides take turns, so that what else the machine does falls on all of them. One image before it, which is not timed,
+    brings the side's weights back into the caches.
+    """
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     times: list[list[float]] = [[] for _ in sides]
     with _one_thread():
@@ -131,12 +140,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def speedup(slower: Latency, faster: Latency) -> float:
-    """The median over the rounds of the first one's time divided by the second one's."""
+    """Return the median over the rounds of the first one's time divided by the second one's."""
     return statistics.median(a / b for a, b in zip(slower.rounds, faster.rounds, strict=True))
 
 
 def ratios(latencies: Sequence[Latency]) -> list[tuple[str, str, float]]:
-    """(student, comparison, times as fast): folded against unfolded in each format, int8 against ONNX in float32."""
+    """Compare folded with unfolded in each format, and int8 with ONNX in float32.
+
+    Returns:
+        (student, comparison, times as fast) for each.
+    """
     found = {(each.side.student, each.side.form, each.side.format): each for each in latencies}
     result = []
     for (student, form, name), each in found.items():
@@ -149,7 +162,7 @@ def ratios(latencies: Sequence[Latency]) -> list[tuple[str, str, float]]:
 
 
 def table(latencies: Sequence[Latency]) -> str:
-    """As Markdown, with the comparisons below."""
+    """Render a Markdown table, with the comparisons below it."""
     lines = [
         "| student | form | format | parameters | MACs, millions | bytes | median ms | p90 ms |",
         "| ------- | ---- | ------ | ---------: | -------------: | ----: | --------: | -----: |",
@@ -166,7 +179,7 @@ def table(latencies: Sequence[Latency]) -> str:
 
 
 def save_json(latencies: Sequence[Latency], path: Path) -> None:
-    """The table, with the milliseconds of all rounds."""
+    """Write the table as JSON, with the milliseconds of all rounds."""
     rows = [
         {
             **{name: getattr(each.side, name) for name in ("student", "form", "format", "bytes")},
@@ -181,7 +194,7 @@ def save_json(latencies: Sequence[Latency], path: Path) -> None:
 
 
 def plot(latencies: Sequence[Latency], path: Path) -> None:
-    """Median latency against MACs as a PNG, a line from each unfolded student (hollow) to the folded one (filled)."""
+    """Plot median latency against MACs as a PNG, a line from each unfolded student (hollow) to the folded (filled)."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 

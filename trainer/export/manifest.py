@@ -19,43 +19,41 @@ MANIFEST = "export.json"
 
 
 class Cost(Model):
-    """macs: multiplications (each with its addition) of convolutions and matrix products for one image."""
+    """What a network costs for one image."""
 
     parameters: int
-    macs: int
+    macs: int  # multiplications, each with its addition, of convolutions and matrix products
 
 
 class FormatFigures(Model):
-    """On the validation set: top1 and agreement (predictions equal to the folded student's) in percent, difference: the
-    largest one of logits, relative to the largest logit. None where the system that exported cannot run the format."""
+    """A format's file, and figures on the validation set: None where the exporting system cannot run the format."""
 
     file: str
     bytes: int
     opset: int | None = None
-    top1: float | None = None
-    agreement: float | None = None
-    difference: float | None = None
+    top1: float | None = None  # percent
+    agreement: float | None = None  # percent of predictions that are the folded student's
+    difference: float | None = None  # the largest one of logits, relative to the largest logit
 
 
 class Exported(Model):
-    """trained, folded: the student with and without its branches, at preprocessing.size. fold_difference: the largest
-    one of logits that folding makes in float64, relative to the largest logit. images: how many `formats` saw."""
+    """The content of export.json."""
 
     format: Literal["softshard-export"] = "softshard-export"
     version: Literal[1] = 1
     student: StudentRecipe
     preprocessing: InputSpec
     label_names: tuple[str, ...]
-    trained: Cost
+    trained: Cost  # with branches, at preprocessing.size
     folded: Cost
-    fold_difference: float
-    images: int
+    fold_difference: float  # the largest one of logits in float64, relative to the largest logit
+    images: int  # that the formats were evaluated on
     formats: dict[str, FormatFigures]
     libraries: dict[str, str]
 
 
 def cost_of(network: nn.Module, size: int) -> Cost:
-    """Parameters, and MACs in evaluation mode at size x size pixels."""
+    """Count parameters, and MACs at size x size pixels; leaves the network in evaluation mode."""
     parameter = next(network.parameters())
     image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -64,11 +62,17 @@ def cost_of(network: nn.Module, size: int) -> Cost:
 
 
 def save_exported(folder: Path, exported: Exported) -> None:
+    """Write export.json, with the digest of its content."""
     write_atomically(folder / MANIFEST, json.dumps(sealed(exported), indent=2).encode())
 
 
 def open_exported(folder: Path) -> Exported:
-    """Raises DataError when the folder is no export, FormatError when its export.json was damaged or edited."""
+    """Read the export.json of a folder.
+
+    Raises:
+        DataError: the folder is no export.
+        FormatError: its export.json was damaged or edited.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(

@@ -48,6 +48,7 @@ class ConvBN(nn.Module):
         self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, O, H', W']."""
         return self.bn(self.conv(x))
 
 
@@ -91,11 +92,11 @@ class MultiBranchConv(nn.Module):
         self.train(bn.training)
 
     def conv_bns(self) -> list[ConvBN]:
-        """The k x k branches."""
+        """List the k x k branches."""
         return cast(list[ConvBN], list(self.branches))
 
     def norms(self) -> list[Norm]:
-        """The batch norms of all branches: k x k, 1 x 1, identity."""
+        """List the batch norms of all branches: k x k, 1 x 1, identity."""
         norms: list[Norm] = [branch.bn for branch in self.conv_bns()]
         if self.scale is not None:
             norms.append(self.scale.bn)
@@ -104,13 +105,13 @@ class MultiBranchConv(nn.Module):
         return norms
 
     def form_for(self, x: Tensor) -> Form | None:
-        """The form in which the batch x [N, C, H, W] trains; None: as separate branches."""
+        """Return the form in which the batch x [N, C, H, W] trains; None: as separate branches."""
         if self.form is None:
             return None
         return form_of_batch(self.form, self.plain.conv, x, self.norms(), self.always_fused)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of all branches, and the activation where this layer has taken it over."""
+        """Sum all branches, and apply the activation where this layer has taken it over."""
         form = self.form_for(x)
         if form is None:
             y = self._separately(x)

@@ -36,20 +36,27 @@ def build_student(
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
 ) -> nn.Module:
-    """The stock model `model` of `library` with `num_classes` outputs: float32, on the CPU, in training mode.
+    """Build a stock classifier.
 
-    Input and output are the library's: images float32 [N, 3, H, W] -> logits float32 [N, num_classes].
-    ghostnetv3_050, _100, _130 and _160 are the bodies of GhostNetV2, which expand makes GhostNetV3; with a tag
-    (ghostnetv3_100.in1k) a name means timm's own model, which expand leaves alone.
+    Args:
+        model: its name in the library. ghostnetv3_050, _100, _130 and _160 are the bodies of GhostNetV2, which expand
+            makes GhostNetV3; with a tag (ghostnetv3_100.in1k) a name means timm's own model, which expand leaves alone.
+        num_classes: how many outputs it has.
+        library: whose model it is.
+        pretrained: load the library's published weights, which are downloaded where they are not cached. A classifier
+            of another size than `num_classes` starts afresh. Without, nothing is downloaded.
+        checkpoint: a local .safetensors file, or a .pth file of tensors alone. With `pretrained` it stands for the
+            published weights; without, its classifier must fit, too.
 
-    With `pretrained` the library's published weights are loaded (and downloaded where they are not
-    cached); a classifier of another size than `num_classes` starts afresh. Without, nothing is downloaded.
-    `checkpoint` is a local .safetensors file, or a .pth file of tensors alone. With `pretrained` it stands for the
-    published weights; without, its classifier must fit, too.
+    Returns:
+        The model, float32, on the CPU, in training mode: images float32 [N, 3, H, W] -> logits float32
+        [N, num_classes].
 
-    Raises RecipeError when the library or the model is unknown (naming near matches), when num_classes
-    is below 1, and when weights are asked for that do not exist or cannot be downloaded; DataError and FormatError
-    when `checkpoint` is missing, broken, or holds the weights of another model or of other classes.
+    Raises:
+        RecipeError: the library or the model is unknown (near matches are named), num_classes is below 1, or weights
+            are asked for that do not exist or cannot be downloaded.
+        DataError: `checkpoint` is missing, or holds the weights of another model or of other classes.
+        FormatError: `checkpoint` is broken.
     """
     if library not in _BUILDERS:
         raise RecipeError(f"student.library: expected one of {', '.join(_BUILDERS)}, found {library!r}")

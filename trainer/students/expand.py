@@ -166,8 +166,11 @@ def _expand_pair(
 
 @torch.no_grad()
 def _split_gamma(expanded: MultiBranchConv) -> None:
-    """Make every k x k branch a copy of the first, with an equal part of its gamma and beta; then shift the gammas by
-    random numbers that cancel out. Copies with equal gammas would stay copies, as those at gamma 0 would."""
+    """Make every k x k branch a copy of the first, with an equal part of its gamma and beta.
+
+    Then shift the gammas by random numbers that cancel out: copies with equal gammas would stay copies, as those at
+    gamma 0 would.
+    """
     first, *others = expanded.conv_bns()
     count, gamma, beta = 1 + len(others), first.bn.weight.clone(), first.bn.bias.clone()
     shifts = (torch.rand(count, len(gamma)).to(gamma) - 0.5) / count

@@ -25,15 +25,20 @@ _M = TypeVar("_M", nn.Conv2d, nn.BatchNorm2d)
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A plain model that computes, in evaluation mode, what the expanded `model` computes; `model` is not changed.
+    """Make a plain model that computes, in evaluation mode, what the expanded `model` computes.
 
-    The result has the stock architecture, with the stock modules under the stock names: its state_dict loads with
-    strict=True into a newly built student. Dtypes, devices and training modes are those of `model`. The kernel of
-    each folded pair is in its convolution (whose bias, if it has one, is 0) and the bias is in its batch norm, which
-    is otherwise an identity: mean 0, variance 1, weight sqrt(1 + eps). So the result can be trained or expanded again.
-    A model that was never expanded comes back as an equal copy.
+    Args:
+        model: it is not changed. One that was never expanded comes back as an equal copy.
 
-    Raises ValueError when `model` is a part of a student that holds a convolution but not its batch norm's place.
+    Returns:
+        A model of the stock architecture, with the stock modules under the stock names: its state_dict loads with
+        strict=True into a newly built student. Dtypes, devices and training modes are those of `model`. The kernel of
+        each folded pair is in its convolution (whose bias, if it has one, is 0) and the bias is in its batch norm,
+        which is otherwise an identity: mean 0, variance 1, weight sqrt(1 + eps). So it can be trained or expanded
+        again.
+
+    Raises:
+        ValueError: `model` is a part of a student that holds a convolution without the module of its batch norm.
     """
     folded = copy.deepcopy(model)
     names = {module: name for name, module in folded.named_modules()}
@@ -49,7 +54,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def plain_pair(expanded: MultiBranchConv) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """A convolution and a batch norm, of the types that they had before expand, that do what `expanded` does."""
+    """Make a convolution and a batch norm, of the types before expand, that do what `expanded` does."""
     kernel, bias = affine_of_sum(expanded)
     plain, first = expanded.plain, expanded.conv_bns()[0]
     conv = _materialized(plain.conv, first.conv)
@@ -74,7 +79,7 @@ def plain_pair(expanded: MultiBranchConv) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 
 
 def affine_of_sum(expanded: MultiBranchConv) -> Affine:
-    """The kernel and the bias of all branches together."""
+    """Return the kernel and the bias of all branches together."""
     plain = expanded.plain.conv
     parts = [affine_of_conv_bn(branch.conv, branch.bn) for branch in expanded.conv_bns()]
     if expanded.scale is not None:
@@ -88,26 +93,26 @@ def affine_of_sum(expanded: MultiBranchConv) -> Affine:
 
 
 def affine_of_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Affine:
-    """The kernel and the bias of a convolution followed by a batch norm."""
+    """Return the kernel and the bias of a convolution followed by a batch norm."""
     bias = torch.zeros(()) if conv.bias is None else conv.bias
     return affine_of_bn(_float64(conv.weight), _float64(bias), bn)
 
 
 def affine_of_bn(kernel: Tensor, bias: Tensor, bn: nn.BatchNorm2d) -> Affine:
-    """What `bn` makes of a convolution with this kernel and bias: the formula at the head of this file."""
+    """Return what `bn` makes of a convolution with this kernel and bias: the formula at the head of this file."""
     gamma, beta, mean, var = (_float64(tensor) for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
     s = gamma / torch.sqrt(var + bn.eps)
     return kernel * s[:, None, None, None], beta + s * (bias - mean)
 
 
 def at_center_tap(kernel: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The kernel of conv's size that is the given 1 x 1 kernel at the center tap and zero elsewhere."""
+    """Pad a 1 x 1 kernel to conv's size, so that it is at the center tap."""
     (height, width), (row, column) = conv.kernel_size, center_tap(conv)
     return F.pad(kernel, (column, width - 1 - column, row, height - 1 - row))
 
 
 def identity_kernel(conv: nn.Conv2d) -> Tensor:
-    """The 1 x 1 kernel with which a convolution of conv's channels and groups returns its input."""
+    """Make the 1 x 1 kernel with which a convolution of conv's channels and groups returns its input."""
     per_group = conv.in_channels // conv.groups
     return torch.eye(per_group, dtype=torch.float64).repeat(conv.groups, 1)[:, :, None, None]
 

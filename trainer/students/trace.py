@@ -44,7 +44,7 @@ _METADATA = {
 }
 
 
-# Why a convolution is left alone; each goes on from "N convolutions ".
+# Why a convolution is in no pair; each goes on from "N convolutions ".
 OWN_BRANCHES = "with a re-parameterization of their own"
 OWN_ARITHMETIC = "that compute something of their own or pad with other values than zeros"
 SEVERAL_NAMES = "known under several names"
@@ -79,16 +79,18 @@ class FoundPairs(NamedTuple):
 
 
 def find_pairs(model: nn.Module, example_input: Tensor) -> FoundPairs:
-    """The conv -> batch norm pairs of `model` that can be expanded and folded, and why its other convolutions cannot.
-
-    `example_input` (what the model takes, on its device and in its dtype; one image is enough) is run once in
-    evaluation mode without gradients; modes, buffers and hooks are afterwards as they were, also when the model raises.
+    """Find the convolution -> batch norm pairs that can be expanded and folded, and why other convolutions cannot.
 
     A pair counts when the batch norm's input is the tensor that the convolution returned, and when that tensor
     and both weights are read exactly once in the whole run. So shared modules, tied weights and outputs that
     something else reads are left out; so are modules known under two names, subclasses that compute something of their
     own, batch norms without affine parameters or running statistics, and everything inside a module
-    that brings its own re-parameterization. What is already expanded is neither a pair nor left alone.
+    that brings its own re-parameterization. What is already expanded is neither a pair nor unpaired.
+
+    Args:
+        model: modes, buffers and hooks are afterwards as they were, also when it raises.
+        example_input: what the model takes, on its device and in its dtype; one image is enough. It is run once in
+            evaluation mode without gradients.
     """
     candidates, reasons = _candidates(model)
     reads = _ReadCounter()
@@ -107,7 +109,7 @@ def find_pairs(model: nn.Module, example_input: Tensor) -> FoundPairs:
 
 
 def type_of(conv: nn.Conv2d) -> ConvType:
-    """depthwise: one group for each input channel; pointwise: 1 x 1 in one group; else grouped or dense."""
+    """Tell depthwise (one group for each input channel), pointwise (1 x 1 in one group), else grouped or dense."""
     if conv.groups == 1:
         return "pointwise" if conv.kernel_size == (1, 1) else "dense"
     return "depthwise" if conv.groups == conv.in_channels else "grouped"

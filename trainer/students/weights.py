@@ -19,7 +19,7 @@ REMEDY = "take the recipe that they were trained with"
 
 @contextmanager
 def errors_of_weights() -> Iterator[None]:
-    """Raise FormatError for a broken file of weights; DataError where there is none, or where they do not fit."""
+    """Raise FormatError for a broken file of weights; DataError where there is none, or where weights do not fit."""
     try:
         yield
     except BrokenWeightsError as error:

@@ -11,7 +11,7 @@ from gpu_stages.pipeline.commands import ROOT, cores, digits
 from gpu_stages.stage import Outcome, Setting, first_missing
 from gpu_stages.timing import cost_or_why, synchronize
 
-CLASSES, LR = 1000, 1e-4  # of the students here; no start diverges from this rate
+CLASSES = 1000  # of the students here
 ROOMY_BYTES = 40e9  # a device with more memory takes the larger batch
 PACKED = ROOT / "data/demo/photographs.beton"
 Step = Callable[[Any], None]  # trains on a Batch
@@ -137,24 +137,16 @@ def _pack_photographs(setting: Setting) -> None:
 
 
 def make_step(setting: Setting, name: str, branches: int, size: int) -> Step:
-    """A training step of a student on hard labels with LAMB, on a GPU in bf16; branches train as the default says."""
-    import timm.optim
+    """A training step of a student on hard labels, as the student's stage has it; without `branches` a plain one."""
+    from gpu_stages.student.sides import TrainableStudent, make_student
 
-    from softshard.trainer.student import Student
-    from softshard.trainer.students import build_student, expand
-
-    torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    network = build_student(name, CLASSES)
-    network = expand(network, torch.zeros(1, 3, size, size), branches=branches) if branches else network
-    student = Student(network).to(setting.device, memory_format=torch.channels_last)  # pyright: ignore
-    optimizer = timm.optim.create_optimizer_v2(student.network, "lamb", LR, 0.05)
+    device = torch.device(setting.device)
+    student = make_student(name, "auto" if branches else None, CLASSES, size, device, branches=branches)
+    training = TrainableStudent(student, device)
 
     def step(batch: Any) -> None:
-        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device == "cuda"):
-            logits = student(batch.images)
-        torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        training.hard_passes(batch.images, batch.labels)
+        training.update()
+        training.optimizer.zero_grad()
 
     return step

@@ -63,18 +63,42 @@ def random_batch(images: int, size: Size, device: torch.device, layout: torch.me
     return Batch(pixels, labels.to(device), encode(logits, size.k), template)
 
 
-class Training:
-    """A student, its optimizer and average as trainer/loop/train_state.py makes them, and the parts of a step.
+class TrainableStudent:
+    """A student, its optimizer and average as trainer/loop/train_state.py makes them.
 
     `model` is what runs: the student, or what was compiled from it.
     """
 
-    def __init__(self, student: Student, batch: Batch, size: Size, device: torch.device) -> None:
-        self.student, self.batch, self.size, self.device = student, batch, size, device
+    def __init__(self, student: Student, device: torch.device) -> None:
+        self.student, self.device = student, device
         self.model: Callable[[Tensor], Tensor] = student
         self.optimizer = timm.optim.create_optimizer_v2(student.network, "lamb", LR, WEIGHT_DECAY)
         self.ema = ModelEmaV3(student, DECAY)
         self.updates = 0
+
+    def hard_passes(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward with the least of a loss; its value, detached."""
+        with self.autocast():
+            loss = nn.functional.cross_entropy(self.model(images), labels)
+        loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Weights and their average; gradients stay, since those of a captured pass must."""
+        self.optimizer.step()
+        self.updates += 1
+        self.ema.update(self.student, step=self.updates)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+class Training(TrainableStudent):
+    """A student with one batch, and the parts of a step."""
+
+    def __init__(self, student: Student, batch: Batch, size: Size, device: torch.device) -> None:
+        super().__init__(student, device)
+        self.batch, self.size = batch, size
 
     def step(self) -> Tensor:
         """A whole step of training; the value of its loss."""
@@ -105,34 +129,36 @@ class Training:
         return loss.detach()
 
     def passes_alone(self) -> Tensor:
-        """Forward and backward with the least of a loss: what no trainer can do without."""
-        with self.autocast():
-            loss = nn.functional.cross_entropy(self.model(self.batch.images), self.batch.labels)
-        loss.backward()
+        """What no trainer can do without."""
+        loss = self.hard_passes(self.batch.images, self.batch.labels)
         self.optimizer.zero_grad()
-        return loss.detach()
-
-    def update(self) -> None:
-        """Weights and their average; gradients stay, since those of a captured pass must."""
-        self.optimizer.step()
-        self.updates += 1
-        self.ema.update(self.student, step=self.updates)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return loss
 
 
 def make_training(model: str, form: str, images: int, setting: Setting, channels_last: bool = True) -> Training:
     size, device = size_of(setting), torch.device(setting.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    student = make_student(model, FORMS[form], size.classes, size.pixels, device, layout)
+    return Training(student, random_batch(images, size, device, layout), size, device)
+
+
+def make_student(
+    model: str,
+    implementation: str | None,
+    classes: int,
+    pixels: int,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
+    branches: int = 3,
+) -> Student:
+    """A student with its branches in an implementation of the product, None: the plain model."""
     torch.backends.cudnn.benchmark = True  # as trainer/loop/train.py has it
     torch.manual_seed(0)
-    network = build_student(model, size.classes)
-    implementation = FORMS[form]
+    network = build_student(model, classes)
     if implementation:
-        network = expand(network, torch.zeros(1, 3, size.pixels, size.pixels), implementation=implementation)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    student = Student(network).to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    return Training(student, random_batch(images, size, device, layout), size, device)
+        example = torch.zeros(1, 3, pixels, pixels)
+        network = expand(network, example, branches=branches, implementation=implementation)
+    return Student(network).to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
 def layers_by_form(training: Training) -> dict[str, int]:

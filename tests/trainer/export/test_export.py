@@ -253,7 +253,7 @@ class TestCard:
 
     def test_it_has_the_figures(self, folder: Path) -> None:
         text, exported = (folder / "README.md").read_text(), open_exported(folder)
-        header = ModelCard(text).data
+        header: Any = ModelCard(text).data
         assert (header.library_name, header.pipeline_tag) == ("timm", "image-classification")
         assert header.tags == ["image-classification", "timm", "softshard"]
         assert header.license is None

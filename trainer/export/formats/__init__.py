@@ -27,10 +27,18 @@ FORMATS: dict[str, Format] = {
 
 
 def chosen_formats(names: Sequence[str], library: str) -> list[str]:
-    """The formats to write beside the folder of weights, which is named by the student's library, in their order: the
-    named ones and those that they are made from.
+    """Choose the formats to write beside the folder of weights: the named ones and those that they are made from.
 
-    Raises RecipeError for unknown names, DataError for packages that are not installed.
+    Args:
+        names: of formats; that of the student's library stands for the folder of weights.
+        library: the student's.
+
+    Returns:
+        Their names, in the order in which they are written.
+
+    Raises:
+        RecipeError: a name is unknown.
+        DataError: packages are not installed.
     """
     known = (library, *FORMATS)
     unknown = [name for name in names if name not in known]
@@ -46,7 +54,11 @@ def chosen_formats(names: Sequence[str], library: str) -> list[str]:
 
 
 def require(what: str, packages: Sequence[str], extra: str) -> None:
-    """Raises DataError when packages of an optional extra are not installed."""
+    """Make sure that the packages of an optional extra are installed.
+
+    Raises:
+        DataError: some are not.
+    """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise DataError(

@@ -15,37 +15,42 @@ Predictor = Callable[[Tensor], Tensor]  # float32 [N, 3, S, S], normalized, on t
 
 
 class InputSpec(Model):
-    """Pixels as every exported format expects them, which is what timm's own models expect: RGB, scaled to 0..1, minus
-    `mean`, divided by `std`. `crop_pct` is timm's: the shorter side becomes size / crop_pct, the middle is cut out."""
+    """Pixels as every exported format expects them, which is what timm's own models expect.
+
+    They are RGB, scaled to 0..1, minus `mean`, divided by `std`.
+    """
 
     size: int
-    crop_pct: float
+    crop_pct: float  # timm's: the shorter side becomes size / crop_pct, the middle is cut out
     interpolation: Literal["bilinear"] = "bilinear"  # what views are rendered with
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, S, S] -> float32 of the same shape, in new memory."""
+        """Turn pixels, uint8 [N, 3, S, S], into float32 of the same shape, in new memory."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return ((images.float() / 255 - mean) / std).contiguous()
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a format is written from: the folded network in evaluation mode, float32, on the CPU; the names of its
-    classes; `calibration()` gives batches of normalized views, float32 [N, 3, S, S], the same ones at each call."""
+    """What a format is written from.
 
-    network: nn.Module
+    `calibration()` gives batches of normalized views, float32 [N, 3, S, S], the same ones at each call.
+    """
+
+    network: nn.Module  # folded, in evaluation mode, float32, on the CPU
     model: str
     preprocessing: InputSpec
     label_names: tuple[str, ...]
     calibration: Callable[[], Iterable[Tensor]]
 
     def example(self, batch: int) -> Tensor:
+        """Make an input of the network, float32 [batch, 3, S, S]."""
         return torch.zeros(batch, 3, self.preprocessing.size, self.preprocessing.size)
 
     def metadata(self) -> dict[str, object]:
-        """What is written into files that can hold it."""
+        """Collect what is written into files that can hold it."""
         return {"model": self.model, **self.preprocessing.model_dump(mode="json"), "label_names": self.label_names}
 
 

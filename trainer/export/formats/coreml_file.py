@@ -10,8 +10,10 @@ from softshard.trainer.export.formats.contract import INPUT, OUTPUT, Job, Predic
 
 
 def write_coreml(job: Job, path: Path) -> None:
-    """An ML program for iOS 16, macOS 13 and later, in Core ML's own float16: images float32 [1, 3, S, S] -> logits
-    [1, classes]. What job.metadata has is in the user-defined metadata, each as JSON."""
+    """Write an ML program for iOS 16, macOS 13 and later, in Core ML's own float16.
+
+    images float32 [1, 3, S, S] -> logits [1, classes]. The user-defined metadata hold job.metadata, each value as JSON.
+    """
     import coremltools  # pyright: ignore[reportMissingImports]
 
     program = torch.export.export(job.network, (job.example(batch=1),)).run_decompositions({})
@@ -27,7 +29,7 @@ def write_coreml(job: Job, path: Path) -> None:
 
 
 def load_coreml(path: Path, threads: int | None) -> Predictor:
-    """Predictions of Core ML, image by image, on macOS."""
+    """Load what write_coreml wrote: predictions of Core ML, image by image, on macOS."""
     import coremltools  # pyright: ignore[reportMissingImports]
 
     model = coremltools.models.MLModel(str(path))

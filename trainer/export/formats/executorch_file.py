@@ -9,7 +9,10 @@ from softshard.trainer.export.formats.contract import Job, Predictor
 
 
 def write_executorch(job: Job, path: Path) -> None:
-    """`forward`: float32 [1, 3, S, S] -> float32 [1, classes]. What job.metadata has are methods without arguments."""
+    """Write a program for XNNPACK; what job.metadata has are methods without arguments.
+
+    `forward`: float32 [1, 3, S, S] -> float32 [1, classes].
+    """
     from executorch.backends.xnnpack.partition import xnnpack_partitioner  # pyright: ignore[reportMissingImports]
     from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
@@ -22,7 +25,7 @@ def write_executorch(job: Job, path: Path) -> None:
 
 
 def load_executorch(path: Path, threads: int | None) -> Predictor:
-    """Predictions of ExecuTorch's runtime, image by image; the number of threads holds for the whole process."""
+    """Load a program for predictions, image by image; the number of threads holds for the whole process."""
     from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 

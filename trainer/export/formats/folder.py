@@ -18,10 +18,13 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_folder(job: Job, library: str, folder: Path) -> Path:
-    """config.json and model.safetensors, whose path is returned.
+    """Write config.json and model.safetensors.
 
     For timm, what `timm.create_model('local-dir:FOLDER', pretrained=True)` loads. For torchvision, the state_dict of
     its model, and a config.json that says which, with timm's keys.
+
+    Returns:
+        The path of model.safetensors.
     """
     config = {"label_names": job.label_names, "pretrained_cfg": _settings(job)}
     if library == "timm":
@@ -35,9 +38,14 @@ def write_folder(job: Job, library: str, folder: Path) -> Path:
 
 
 def load_folder(folder: Path) -> nn.Module:
-    """The network of an exported folder, through stock timm or torchvision, in training mode, on the CPU.
+    """Load the network of an exported folder into a stock model of timm or torchvision.
 
-    Raises DataError when it is none, FormatError when what is in it does not load.
+    Returns:
+        The network, in training mode, on the CPU.
+
+    Raises:
+        DataError: it is no exported folder.
+        FormatError: what is in it does not load.
     """
     if not (folder / CONFIG).is_file():
         raise DataError(

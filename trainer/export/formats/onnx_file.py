@@ -14,10 +14,16 @@ from softshard.trainer.export.formats.contract import INPUT, OUTPUT, Job, Predic
 
 
 def write_onnx(job: Job, path: Path) -> int:
-    """images float32 [batch, 3, S, S] -> logits float32 [batch, classes], any batch, in the opset that torch chooses;
-    the metadata properties hold what job.metadata has, each as JSON, and that opset.
+    """Write ONNX for batches of any size, in the opset that torch chooses.
 
-    Raises DataError for a network that torch cannot export.
+    images float32 [batch, 3, S, S] -> logits float32 [batch, classes]. The metadata properties hold job.metadata and
+    the opset, each value as JSON.
+
+    Returns:
+        The opset.
+
+    Raises:
+        DataError: torch cannot export the network.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -47,8 +53,13 @@ def write_onnx(job: Job, path: Path) -> int:
 
 
 def write_int8(job: Job, path: Path) -> int:
-    """Quantize the model.onnx beside `path` statically, with the ranges seen on job.calibration(): unsigned
-    activations, signed weights with a scale for each channel."""
+    """Quantize the model.onnx beside `path` statically, with the ranges seen on job.calibration().
+
+    Activations are unsigned, weights signed, with a scale for each channel.
+
+    Returns:
+        The opset.
+    """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -71,7 +82,7 @@ def write_int8(job: Job, path: Path) -> int:
 
 
 def load_onnx(path: Path, threads: int | None) -> Predictor:
-    """Predictions of onnxruntime on the CPU."""
+    """Load an ONNX file for predictions of onnxruntime on the CPU."""
     import onnxruntime
 
     options: Any = onnxruntime.SessionOptions()

@@ -21,26 +21,32 @@ class ConvGeometry(NamedTuple):
 
 
 def center_tap(conv: nn.Conv2d) -> tuple[int, int]:
-    """Row and column, in the kernel, of the tap on which the 1 x 1 and identity branches lie."""
+    """Return row and column, in the kernel, of the tap on which the 1 x 1 and identity branches lie."""
     return (conv.kernel_size[0] - 1) // 2, (conv.kernel_size[1] - 1) // 2
 
 
 def has_scale(conv: nn.Conv2d) -> bool:
-    """Whether `conv` takes a 1 x 1 branch: beside a 1 x 1 convolution it would be one more of the same."""
+    """Tell whether `conv` takes a 1 x 1 branch: beside a 1 x 1 convolution it would be one more of the same."""
     return max(conv.kernel_size) > 1
 
 
 def has_identity(conv: nn.Conv2d) -> bool:
-    """Whether `conv` takes an identity branch: the center tap of every output pixel is the input pixel in its place."""
+    """Tell whether `conv` takes an identity branch: every output pixel's center tap is the input pixel there."""
     if conv.in_channels != conv.out_channels or conv.stride != (1, 1):
         return False
-    return all(_keeps_places(conv, axis) for axis in (0, 1))
+    return all(_keeps_positions(conv, axis) for axis in (0, 1))
 
 
 def under_center_tap(x: Tensor, conv: nn.Conv2d, output_size: tuple[int, int]) -> Tensor:
-    """What a 1 x 1 convolution with the stride of `conv` must read to see, for each output pixel, its center tap.
+    """Return what a 1 x 1 convolution with the stride of `conv` must read to see each output pixel's center tap.
 
-    x [N, C, H, W], cut and padded with zeros; `output_size` is the height and width of conv's output.
+    Args:
+        x: [N, C, H, W].
+        conv: the convolution beside it.
+        output_size: height and width of conv's output.
+
+    Returns:
+        x, cut and padded with zeros.
     """
     (top, bottom), (left, right) = (_margins(conv, axis, x.shape[axis - 2], output_size[axis]) for axis in (0, 1))
     if top == bottom == left == right == 0:
@@ -57,7 +63,7 @@ def _margins(conv: nn.Conv2d, axis: int, size: int, output_size: int) -> tuple[i
     return -start, 0 if 0 <= left_over < stride else -left_over
 
 
-def _keeps_places(conv: nn.Conv2d, axis: int) -> bool:
+def _keeps_positions(conv: nn.Conv2d, axis: int) -> bool:
     """Whether, at stride 1, the padding makes up for the kernel on both sides of its center tap."""
     before = center_tap(conv)[axis] * conv.dilation[axis]
     after = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - before
@@ -65,7 +71,7 @@ def _keeps_places(conv: nn.Conv2d, axis: int) -> bool:
 
 
 def padding(conv: nn.Conv2d, axis: int, size: int) -> tuple[int, int]:
-    """Zeros that `conv` puts before and after an axis of `size` pixels."""
+    """Return how many zeros `conv` puts before and after an axis of `size` pixels."""
     stride, reach = conv.stride[axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
     if isinstance(conv, Conv2dSame):
         total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
@@ -77,12 +83,12 @@ def padding(conv: nn.Conv2d, axis: int, size: int) -> tuple[int, int]:
 
 
 def output_size(conv: nn.Conv2d, axis: int, size: int) -> int:
-    """Pixels of the output along an axis of `size` pixels."""
+    """Return how many pixels the output has along an axis of `size` pixels."""
     reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
     return (size + sum(padding(conv, axis, size)) - reach - 1) // conv.stride[axis] + 1
 
 
 def two(values: tuple[int, ...]) -> tuple[int, int]:
-    """What torch declares as any number of values: those of rows and columns."""
+    """Unpack what torch declares as any number of values: those of rows and columns."""
     rows, columns = values
     return rows, columns

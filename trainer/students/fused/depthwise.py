@@ -45,7 +45,7 @@ _SUFFIX = {torch.float32: "_float32", torch.float64: "_float64"}
 
 
 def runs_here() -> bool:
-    """Whether the kernels in C are there and this processor has the instructions that they were compiled for."""
+    """Tell whether the kernels in C are there and this processor has the instructions they were compiled for."""
     return _RUNS_HERE
 
 
@@ -60,6 +60,7 @@ class Kernels(NamedTuple):
 
 
 def kernels_for(device: str) -> Kernels:
+    """Choose the kernels for a type of device: those in C for "cpu", those in Triton for any other."""
     if device == "cpu":
         return Kernels(_gram, _moments, _forward, _correlate, _backward)
     from softshard.trainer.students.fused import depthwise_triton as triton  # without a GPU there may be no Triton
@@ -88,6 +89,7 @@ class DepthwiseBranches(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
         x = x.contiguous(memory_format=torch.channels_last)
         weight, gamma = weight.contiguous(), gamma.contiguous()
         kernels = kernels_for(x.device.type)
@@ -109,6 +111,7 @@ class DepthwiseBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of x, weight, gamma and beta, by the formulas at the head of this file."""
         x, y, weight, product, patch_mean, mean, deviation, factor, kernel = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         kernels = kernels_for(x.device.type)
@@ -126,7 +129,11 @@ class DepthwiseBranches(torch.autograd.Function):
 
 
 def sum_over(group: dist.ProcessGroup | None, *tensors: Tensor) -> int:
-    """Replace tensors by their sums over the processes of a group; returns how many those are (1 without a group)."""
+    """Replace tensors by their sums over the processes of a group.
+
+    Returns:
+        How many processes there are; 1 without a group.
+    """
     if group is None:
         return 1
     for tensor in tensors:
@@ -140,7 +147,7 @@ def average_over_ranks(processes: int, *gradients: Tensor) -> tuple[Tensor, ...]
 
 
 def total_of(group: dist.ProcessGroup | None, number: int, device: torch.device) -> int:
-    """The sum of a number over the processes of a group."""
+    """Return the sum of a number over the processes of a group."""
     if group is None:
         return number
     total = torch.tensor(number, device=device)

@@ -32,8 +32,10 @@ IMAGES, PIXELS = 4, 16  # of a program of a convolution
 
 
 def gram(x: Tensor, geometry: ConvGeometry, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrices [T, T, C] and the sums [T, C] of the patches minus shift [C]; zeros of the padding are shifted,
-    too."""
+    """Return the Gram matrices [T, T, C] and the sums [T, C] of the patches minus shift [C].
+
+    Zeros of the padding are shifted, too.
+    """
     (rows, columns), stride = geometry.kernel, geometry.stride
     line, reach = 2 * columns - 1, [(n - 1) * s + 1 for n, s in zip(geometry.output, stride, strict=True)]
     size = (reach[0] + rows - 1, reach[1] + columns - 1)
@@ -48,14 +50,14 @@ def gram(x: Tensor, geometry: ConvGeometry, shift: Tensor) -> tuple[Tensor, Tens
 
 
 def moments(gram: Tensor, sums: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance [R, C] of each branch, and the covariance of the patches times each weight [R, T, C]."""
+    """Return mean and variance [R, C] of each branch, and the covariance of the patches times each weight [R, T, C]."""
     mean = sums / count
     product = torch.einsum("tuc,ruc->rtc", gram / count - mean[:, None] * mean, weight)
     return (weight * mean).sum(1), (weight * product).sum(1), product
 
 
 def forward(x: Tensor, geometry: ConvGeometry, kernel: Tensor, bias: Tensor, limits: Limits | None) -> Tensor:
-    """The convolution with kernel [T, C] and bias [C], clamped to the limits."""
+    """Convolve x with kernel [T, C], add bias [C] and clamp to the limits."""
     size = (len(x), x.shape[1], *geometry.output)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     low, high = limits or NO_LIMITS
@@ -67,7 +69,7 @@ def forward(x: Tensor, geometry: ConvGeometry, kernel: Tensor, bias: Tensor, lim
 def correlate(
     x: Tensor, geometry: ConvGeometry, dy: Tensor, y: Tensor | None, limits: Limits | None
 ) -> tuple[Tensor, Tensor]:
-    """The correlation [T, C] of the gradient before the activation with the patches, and the sums [C] of it."""
+    """Return the correlation [T, C] of the gradient before the activation with the patches, and the sums [C] of it."""
     taps, columns = geometry.kernel[0] * geometry.kernel[1], geometry.kernel[1]
     dy, nothing = _through(dy, y, limits), torch.zeros(x.shape[1], device=x.device)
     partners = (0, columns, taps)
@@ -88,7 +90,7 @@ def backward(
     offset: Tensor,
     means: Tensor,
 ) -> Tensor:
-    """The gradient of x: that of K (dy - mean dy) - Q p + offset, spread over the patches p.
+    """Return the gradient of x: that of K (dy - mean dy) - Q p + offset, spread over the patches p.
 
     kernel K and offset [T, C], weight [R, T, C], q_factor [R, C], the means of dy [C]; Q = sum q_factor w w'.
     """
@@ -127,12 +129,11 @@ def _products(
     partners: tuple[int, int, int],
     shift: Tensor,
 ) -> Tensor:
-    """[rows, columns, P + 1, C]: the sums over the batch of each pixel of `left` times P pixels of `right`, and of the
-    pixel itself, all minus shift [C].
+    """Sum over the batch each pixel of `left` times P pixels of `right`, and the pixel itself, all minus shift [C].
 
-    `size` is the rows and columns of `left`, counted from `left_before` zeros before it on. `partners` are (first,
-    line, P): the pixels of `right` from the one that belongs to the pixel on, in lines of a length, which start `first`
-    pixels before it.
+    The result is [rows, columns, P + 1, C]. `size` is the rows and columns of `left`, counted from `left_before` zeros
+    before it on. `partners` are (first, line, P): the pixels of `right` from the one that belongs to the pixel on, in
+    lines of a length, which start `first` pixels before it.
     """
     channels, count = left.shape[1], partners[2]
     result = torch.empty(*size, count + 1, channels, dtype=left.dtype, device=left.device)
@@ -160,8 +161,11 @@ def _classes(geometry: ConvGeometry, axis: int, size: int, device: torch.device)
 def _stencils(
     geometry: ConvGeometry, rows: Tensor, columns: Tensor, weight: Tensor, q_factor: Tensor, constant: Tensor
 ) -> Tensor:
-    """[A, B, D + 1, C]: for pixels under each of A sets of rows and B of columns of taps, the coefficients of the D
-    pixels nearer than a kernel's size, line by line, and last the constant."""
+    """Return the coefficients of the pixels near a pixel in the gradient of x.
+
+    [A, B, D + 1, C]: for pixels under each of A sets of rows and B of columns of taps, those of the D pixels nearer
+    than a kernel's size, line by line, and last the constant.
+    """
     height, width = geometry.kernel
     taps, channels = constant.shape
     tap = torch.arange(taps, device=weight.device)

@@ -45,7 +45,7 @@ class Branches(NamedTuple):
 
 
 def form_of(conv: nn.Conv2d, branches: int, identity: bool, implementation: str = "auto") -> Form | None:
-    """The form in which `branches` copies of a convolution train; None: as separate branches.
+    """Choose the form in which `branches` copies of a convolution train; None: as separate branches.
 
     It is the cheapest one, or with `fused` the cheapest of those that are one convolution. With C inputs and O outputs,
     the products of a 1 x 1 layer in training cost 3 O C + 2 C C multiplications a pixel in the closed form, 3 R O C
@@ -62,7 +62,7 @@ def form_of(conv: nn.Conv2d, branches: int, identity: bool, implementation: str 
 
 
 def why_not_fused(conv: nn.Conv2d) -> str:
-    """Why no one convolution computes all branches of a layer, to be read after its name; empty where one does."""
+    """Say why no one convolution computes all branches of a layer, after its name; empty where one does."""
     if _is_pointwise(conv):
         return ""
     if not conv.groups == conv.in_channels == conv.out_channels:
@@ -78,7 +78,7 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def form_of_batch(form: Form, conv: nn.Conv2d, x: Tensor, norms: Sequence[Norm], always: bool) -> Form | None:
-    """The form in which this batch trains, which all norms must see with its own statistics; None: separate branches.
+    """Choose the form in which a batch trains; None: as separate branches, as where a batch norm is in evaluation mode.
 
     What torch refuses is left to its modules, which raise their errors: other channels, images smaller than the kernel,
     one value for each channel. Stacked branches with SyncBatchNorm are left to them, too, unless they are `always` to
@@ -98,7 +98,7 @@ def form_of_batch(form: Form, conv: nn.Conv2d, x: Tensor, norms: Sequence[Norm],
 
 
 def sum_of_branches(form: Form, x: Tensor, branches: Branches) -> Tensor:
-    """The sum of all branches of x, as MultiBranchConv gives it in training; running statistics are updated as well."""
+    """Sum all branches of x, as MultiBranchConv does in training; running statistics are updated as well."""
     return _pointwise(x, branches, form) if form in ("closed", "stacked") else _depthwise(x, branches)
 
 
@@ -144,8 +144,10 @@ def _stacked(x: Tensor, branches: Branches) -> Tensor:
 
 
 def _arrays(branches: Branches, depthwise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The parameters of all branches as the Functions take them: weight [R, T, C] (depthwise) or [R, O, C], gamma
-    [R, O], beta [O]."""
+    """Return the parameters of all branches as the Functions take them.
+
+    They are weight [R, T, C] (depthwise) or [R, O, C], gamma [R, O] and beta [O].
+    """
     optional = [tensor for tensor in (branches.scale, branches.bias) if tensor is not None]
     gammas, betas = ([getattr(norm, name) for norm in branches.norms] for name in ("weight", "bias"))
     return _Arrays.apply(branches, depthwise, *branches.weights, *optional, *gammas, *betas)  # pyright: ignore

@@ -46,6 +46,7 @@ class PointwiseBranches(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
         dtype = dtype_of_result(x)
         with torch.autocast(x.device.type, enabled=False):
             rows, count = rows_of(x).to(weight.dtype), total_of(group, len(x) * x.shape[2] * x.shape[3], x.device)
@@ -72,6 +73,7 @@ class PointwiseBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of x, weight, gamma and beta, by the formulas at the head of this file."""
         x, y, weight, product, mean_of_x, deviation, factor, kernel = ctx.saved_tensors
         # First, though rows_of would copy what lies otherwise: of layouts that differ torch.compile expects other
         # strides of hardtanh_backward than it has.
@@ -92,7 +94,7 @@ class PointwiseBranches(torch.autograd.Function):
 
 
 def dtype_of_result(x: Tensor) -> torch.dtype:
-    """What an ordinary convolution of x would give: under autocast, its dtype."""
+    """Return the dtype that an ordinary convolution of x would give: under autocast, autocast's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -109,10 +111,10 @@ def _convolution(x: Tensor, kernel: Tensor, bias: Tensor, dtype: torch.dtype) ->
 
 
 def rows_of(images: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N H W, C]; no copy when channels are last."""
+    """View images [N, C, H, W] as rows [N H W, C]; no copy when channels are last."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def images_of(rows: Tensor, like: Tensor) -> Tensor:
-    """[N H W, C] -> [N, C, H, W], channels last, of the size of `like`."""
+    """View rows [N H W, C] as images [N, C, H, W], channels last, of the size of `like`."""
     return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)

@@ -47,6 +47,7 @@ LAYERS: dict[str, tuple[Callable[[], Any], str, tuple[int, ...]]] = {
     "stride 2": (lambda: nn.Conv2d(3, 3, 3, stride=2, padding=1, groups=3), "relu6", (4, 3, 7, 6)),
     "same": (lambda: Conv2dSame(2, 2, 5, stride=2, groups=2, bias=False), "relu", (4, 2, 6, 5)),
     "larger than the images": (lambda: nn.Conv2d(2, 2, (3, 5), padding=(1, 2), groups=2), "none", (3, 2, 2, 3)),
+    "large": (lambda: nn.Conv2d(2, 2, 9, padding=4, groups=2, bias=False), "none", (2, 2, 6, 5)),
 }
 
 
@@ -204,7 +205,7 @@ def patches(x: Tensor, geometry: ConvGeometry, size: tuple[int, int]) -> Tensor:
 def layer(name: str) -> tuple[Forms, Tensor]:
     torch.manual_seed(0)
     conv, activation, shape = LAYERS[name]
-    forms = both_forms(conv(), norm(shape[1], activation), implementation="triton")
+    forms = both_forms(conv(), norm(shape[1], activation), implementation="fused")
     assert forms.as_one.form == "triton"
     return Forms(forms.as_one, forms.separate.double()), batch(*shape).float().double()
 

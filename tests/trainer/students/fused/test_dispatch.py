@@ -106,10 +106,10 @@ def test_the_form_of_a_layer_that_must_be_fused(conv, form, why):
 
 
 @pytest.mark.parametrize("size", [(15, 14), (6, 5)])
-@pytest.mark.parametrize(("kernel", "stride"), [(9, 1), (9, 2), (11, 2), (13, 1), ((3, 13), 1)])
+@pytest.mark.parametrize(("kernel", "stride"), [((9, 9), 1), ((9, 9), 2), ((11, 11), 2), ((13, 13), 1), ((3, 13), 1)])
 def test_large_kernels_that_must_be_fused(kernel, stride, size):
-    padding = tuple(each // 2 for each in ((kernel, kernel) if isinstance(kernel, int) else kernel))
-    conv = nn.Conv2d(6, 6, kernel, stride, padding, groups=6)
+    rows, columns = kernel
+    conv = nn.Conv2d(6, 6, (rows, columns), stride, (rows // 2, columns // 2), groups=6)
     forms = to(both_forms(conv, nn.BatchNorm2d(6), implementation="fused"), torch.float64)
     x = batch(3, 6, *size)
     assert forms.as_one.form_for(x) == "triton"
