@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.store.topk import SoftLabels
 
 TailPolicy = Literal["drop", "lump", "spread"]
@@ -52,7 +51,7 @@ def topk_kl(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPoli
         A scalar in nats, computed in float32 (float64 for float64 logits) even inside autocast.
 
     Raises:
-        RecipeError: The tail policy is unknown.
+        ValueError: The tail policy is unknown.
     """
     return _divergence(_precise(logits), soft, temperature, tail)
 
@@ -85,7 +84,7 @@ def distillation_loss(
         Scalars in nats, computed in float32 (float64 for float64 logits) even inside autocast.
 
     Raises:
-        RecipeError: The tail policy is unknown.
+        ValueError: The tail policy is unknown.
     """
     alpha = alpha if soft else 0.0
     precise = _precise(logits)
@@ -121,7 +120,7 @@ def mixed_labels(labels: Tensor, others: Tensor, weights: Tensor, classes: int) 
 
 def _divergence(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPolicy) -> Tensor:
     if tail not in get_args(TailPolicy):
-        raise RecipeError(f"loss.tail: expected one of {', '.join(get_args(TailPolicy))}, found {tail!r}; correct it")
+        raise ValueError(f"tail: expected one of {', '.join(get_args(TailPolicy))}, found {tail!r}; correct it")
     log_q = torch.log_softmax(logits / temperature, dim=1)
     probability = soft.probability.to(log_q.dtype)
     if tail == "drop":
