@@ -48,9 +48,9 @@ class Labels:
 
     def soft(self, codes: Codes, rows: NDArray[np.int64], temperature: float, device: torch.device) -> Weighted:
         """Soft labels of rows of the .beton, from the codes of a whole view."""
-        places = self.rows[rows]
-        template = None if self.template is None else self.template[places]
-        return self.weight, decode_on(device, codes[places], self.classes, temperature, template)
+        rows_in_store = self.rows[rows]
+        template = None if self.template is None else self.template[rows_in_store]
+        return self.weight, decode_on(device, codes[rows_in_store], self.classes, temperature, template)
 
     def check_labeled(self, views: int) -> None:
         """Raise DataError unless the first `views` views are labeled. (read_view checks their content.)"""
@@ -156,9 +156,9 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
             f"{store.name}: expected labels of the class list of {beton.path}, found those of another; "
             "label these images, or pack them with the same `classes` file"
         )
-    place = match_keys(store.keys, beton.keys)
-    found = place >= 0
-    other = np.flatnonzero(found & (store.crc32[place] != beton.crc32))
+    rows = match_keys(store.keys, beton.keys)
+    found = rows >= 0
+    other = np.flatnonzero(found & (store.crc32[rows] != beton.crc32))
     if len(other):
         raise DataError(
             f"{store.name}: expected labels of the images in {beton.path}, found labels of other images under "
@@ -178,7 +178,7 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
             f"images depend on the whole set, found {int(found.sum())}; pack them all, or label these"
         )
     check_probes(beton, store.manifest, store.name)
-    return place
+    return rows
 
 
 def _few(beton: Beton, rows: NDArray[np.int64]) -> str:

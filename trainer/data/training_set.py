@@ -41,7 +41,7 @@ class TrainingSet:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, as plain data; not the order of the images in the file."""
+        """What must be the same when a run resumes, as plain data; not the order of the images in the file."""
         rows = self.rows[np.argsort(self.beton.keys[self.rows])]
         content = array_digest(self.beton.keys[rows], self.beton.crc32[rows], self.beton.labels[rows])
         source = {"teachers", "ensemble", "flip_average", "top_k"}

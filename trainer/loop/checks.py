@@ -50,7 +50,7 @@ def check_batch_norm(recipe: TrainRecipe, student: nn.Module, processes: int) ->
 
 
 def check_same_start(recipe: TrainRecipe, accelerator: Accelerator, update: int) -> None:
-    """Raise DataError when the processes go on from different updates, as with a run folder on each machine."""
+    """Raise DataError when the processes resume from different updates, as with a run folder on each machine."""
     starts: Any = accelerator.gather(torch.tensor([update], device=accelerator.device))
     if (starts != update).any():
         raise DataError(

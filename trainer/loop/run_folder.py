@@ -1,7 +1,7 @@
 """A run's folder.
 
 recipe.yaml, classes.txt   what is trained
-last.pt, previous.pt       the newest two checkpoints: everything to go on with
+last.pt, previous.pt       the newest two checkpoints: everything to resume from
 best.safetensors           the weights of the best validation so far
 model.safetensors          the weights at the end
 metrics.jsonl, curves.png  a line for each epoch, and what they look like
@@ -33,9 +33,9 @@ RECIPE, CLASSES, METRICS, CURVES = "recipe.yaml", "classes.txt", "metrics.jsonl"
 LAST, PREVIOUS = "last.pt", "previous.pt"
 LOCK = ".lock"
 BEST, WEIGHTS = "best.safetensors", "model.safetensors"
-# Keys that do not change the global batches: a run may go on with others, as it may with other processes. Batch norm's
-# statistics are those of a part of a batch, so that with another accumulation they are of more or fewer images.
-MAY_CHANGE = {
+# They do not change the global batches. Batch norm's statistics are those of a part of a batch, so that with another
+# accumulation they are of more or fewer images.
+CHANGEABLE_ON_RESUME = {
     "output": True,
     "logging": True,
     "evaluation": True,
@@ -62,7 +62,9 @@ def check_run(recipe: TrainRecipe) -> None:
     """Raise DataError when the run folder belongs to another recipe, naming all differences."""
     folder = Path(recipe.output)
     before = load_recipe(TrainRecipe, folder / RECIPE)
-    found = list(differences(recipe.model_dump(exclude=MAY_CHANGE), before.model_dump(exclude=MAY_CHANGE)))
+    found = list(
+        differences(recipe.model_dump(exclude=CHANGEABLE_ON_RESUME), before.model_dump(exclude=CHANGEABLE_ON_RESUME))
+    )
     if found:
         raise DataError(
             f"{folder}: expected a run of this recipe, found one of another: {'; '.join(found)}; name another output"
@@ -70,7 +72,7 @@ def check_run(recipe: TrainRecipe) -> None:
 
 
 def check_data(folder: Path, checkpoint: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise DataError unless a run goes on with the data that it began with (TrainingSet.identity), FormatError for a
+    """Raise DataError unless a run resumes with the data that it began with (TrainingSet.identity), FormatError for a
     checkpoint that does not say."""
     if "data" not in checkpoint:
         raise FormatError(
@@ -85,7 +87,7 @@ def check_data(folder: Path, checkpoint: dict[str, Any], now: dict[str, Any]) ->
 
 
 @contextmanager
-def alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def run_lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """While the block runs, no other run works in the folder, which is made. Raises DataError, in all processes, when
     one does."""
     with ExitStack() as stack:
@@ -138,7 +140,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             problems.append(str(error))
             continue
         for problem in problems:
-            _logger.warning("%s; going on from %s", problem, path)
+            _logger.warning("%s; resuming from %s", problem, path)
             (folder / LAST).unlink()
         return state
     if problems:

@@ -50,6 +50,11 @@ class TrainState:
         return list(self.students.values())[-1]
 
     @property
+    def steps(self) -> int:
+        """Updates of an epoch."""
+        return self.updates // self.recipe.schedule.epochs
+
+    @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
@@ -103,7 +108,7 @@ class TrainState:
         norms = torch._foreach_norm([parameter.detach() for parameter in self.student.parameters()])
         return bool(torch.stack(norms).isfinite().all())
 
-    def share_statistics(self) -> None:
+    def broadcast_statistics(self) -> None:
         """Give all processes the first one's batch norm statistics: each has those of its own images."""
         if self.accelerator.num_processes > 1:
             for student in self.students.values():
@@ -127,8 +132,17 @@ class TrainState:
 
 
 def make_train_state(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> TrainState:
-    """A learner at the start of a run of so many steps an epoch. Raises RecipeError for options that the optimizer
-    does not have, and what make_student raises."""
+    """The state at the start of a run.
+
+    Args:
+        accelerator: Prepares the student and its optimizer for device and processes.
+        recipe: Of the run.
+        steps: Updates of an epoch.
+
+    Raises:
+        RecipeError: An unknown model, options that the optimizer does not have, and what expand refuses.
+        DataError, FormatError: Weights to start from that do not fit or cannot be read.
+    """
     with accelerator.local_main_process_first():  # one download serves all processes of a machine
         student = make_student(recipe).to(accelerator.device)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:

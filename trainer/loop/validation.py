@@ -32,13 +32,13 @@ class Validation:
     rows: NDArray[np.int64]
     taught: NDArray[np.int64]
 
-    def figures(self, learner: TrainState, folded: bool) -> dict[str, float]:
+    def figures(self, state: TrainState, folded: bool) -> dict[str, float]:
         """top1, top5 and agreement in percent, validation_loss in nats; with the prefix `ema_` those of the average of
         the weights, with `folded_` (where asked for) those of the result without its branches."""
-        learner.share_statistics()
-        students = {"ema_" if name == "ema" else "": student for name, student in learner.students.items()}
-        if folded and learner.recipe.student.expand:
-            students["folded_"] = Student(fold(learner.result.network)).to(self.accelerator.device)
+        state.broadcast_statistics()
+        students = {"ema_" if name == "ema" else "": student for name, student in state.students.items()}
+        if folded and state.recipe.student.expand:
+            students["folded_"] = Student(fold(state.result.network)).to(self.accelerator.device)
         everything = np.arange(len(self.beton))
         scores = score(self.accelerator, students, self.loader, everything, self.beton.labels)
         figures = {}
