@@ -28,8 +28,10 @@ Weighted = tuple[float, SoftLabels]  # the weight of a store's labels among seve
 
 
 class Losses(NamedTuple):
-    """Scalars: `total` carries the gradient; `hard`, the cross-entropy, and `soft`, T^2 times the divergence, do not,
-    and are 0 where they play no part."""
+    """Scalars: `total` carries the gradient, the others do not and are 0 where they play no part.
+
+    `hard` is the cross-entropy, `soft` T^2 times the divergence.
+    """
 
     total: Tensor
     hard: Tensor

@@ -39,10 +39,12 @@ Stores = Annotated[
 
 
 class DataRecipe(Model):
-    """`labels` is a store, or a list of {store, weight}, one for each teacher; null trains on hard labels alone.
-    `views` and `top_k` use the first views and the most probable classes of a store alone; null: all.
-    `missing_labels: skip` leaves out rows that a store does not hold. `crop_pct` is timm's, for the center crop of the
-    validation."""
+    """Images and labels, and how they are read.
+
+    `labels` is a store, or a list of {store, weight}, one for each teacher; null trains on hard labels alone. `views`
+    and `top_k` use the first views and the most probable classes of a store alone; null: all. `missing_labels: skip`
+    leaves out rows that a store does not hold. `crop_pct` is timm's, for the center crop of the validation.
+    """
 
     train: str
     validation: str
@@ -56,6 +58,12 @@ class DataRecipe(Model):
 
 
 class ExpandRecipe(Model):
+    """The branches that convolutions have while the student trains.
+
+    Those of `conv_types` get `branches` copies, with `scale_branch` a 1 x 1 branch, with `identity` an identity branch;
+    `init` says how they start, `implementation` how they are computed.
+    """
+
     branches: int = Field(default=3, ge=1)
     conv_types: tuple[Kind, ...] = ("depthwise", "pointwise")
     scale_branch: bool = True
@@ -65,9 +73,12 @@ class ExpandRecipe(Model):
 
 
 class StudentRecipe(Model):
-    """`expand: null` trains the plain network. `pretrained: true` starts from the library's published weights with, for
+    """The network that trains, and the weights that it starts from.
+
+    `expand: null` trains the plain network. `pretrained: true` starts from the library's published weights with, for
     other classes than theirs, a fresh classifier; `checkpoint` from a local file, which must fit, or with
-    `pretrained: true` holds published weights."""
+    `pretrained: true` holds published weights.
+    """
 
     model: str
     library: Library = "timm"
@@ -78,8 +89,11 @@ class StudentRecipe(Model):
 
 
 class LossRecipe(Model):
-    """`alpha` weighs soft labels against hard ones. The temperature goes from `temperature` to `final_temperature` in
-    equal steps, one each update; null: it stays."""
+    """The loss on hard and soft labels.
+
+    `alpha` weighs soft labels against hard ones. The temperature goes from `temperature` to `final_temperature` in
+    equal steps, one each update; null: it stays. `tail` says what classes without a stored probability contribute.
+    """
 
     alpha: Fraction = 0.9
     temperature: float = Field(default=1.0, gt=0)
@@ -101,9 +115,12 @@ def _optimizer_name(name: str) -> str:
 
 
 class OptimizerRecipe(Model):
-    """An optimizer of timm.optim; `options` are its own arguments, such as `betas`. Norms and biases have no weight
-    decay. `clip_grad` bounds the gradient's norm, its values, or, adaptively, each filter's norm relative to that of
-    its weights (agc, arXiv 2102.06171); null: no bound."""
+    """An optimizer of timm.optim.
+
+    `options` are its own arguments, such as `betas`. Norms and biases have no weight decay. `clip_grad` bounds the
+    gradient's norm, its values, or, adaptively, each filter's norm relative to that of its weights (agc, arXiv
+    2102.06171); null: no bound.
+    """
 
     name: Annotated[str, AfterValidator(_optimizer_name)] = "lamb"
     lr: float = Field(gt=0)
@@ -123,8 +140,11 @@ class OptimizerRecipe(Model):
 
 
 class ScheduleRecipe(Model):
-    """The learning rate: linear warm-up from zero, then down to `min_lr` (cosine, linear), or by `decay_rate` every
-    `decay_epochs` (step), or constant; all within `epochs`, and changed every update."""
+    """The learning rate, changed every update.
+
+    Linear warm-up from zero, then down to `min_lr` (cosine, linear), or by `decay_rate` every `decay_epochs` (step), or
+    constant; all within `epochs`.
+    """
 
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     epochs: int = Field(ge=1)
@@ -160,32 +180,41 @@ class ScheduleRecipe(Model):
 
 
 class EmaRecipe(Model):
-    """The average of the weights (timm's ModelEmaV3). With `warmup` the decay of update n is at most
-    1 - (n + 1)^(-2/3), for short runs: it is 0.99 after 1,000 updates, and 0.9999 after a million."""
+    """The average of the weights (timm's ModelEmaV3).
+
+    With `warmup` the decay of update n is at most 1 - (n + 1)^(-2/3), for short runs: it is 0.99 after 1,000 updates,
+    and 0.9999 after a million.
+    """
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
     warmup: bool = False
 
 
 class EvaluationRecipe(Model):
-    """The student is validated after every `epochs` epochs and at the end; its agreement with the teacher is that of
-    their predictions on a view of `agreement` training images, always the same."""
+    """When and on what the student is validated.
+
+    That is after every `epochs` epochs and at the end. Its agreement with the teacher is that of their predictions on a
+    view of `agreement` training images, always the same.
+    """
 
     epochs: int = Field(default=1, ge=1)
     agreement: int = Field(default=2048, ge=0)
 
 
 class LoggingRecipe(Model):
-    """`trackers` are Accelerate's: tensorboard, wandb, ... Losses are logged as means of `updates` updates."""
+    """What is logged: `trackers` are Accelerate's (tensorboard, wandb, ...); losses are means of `updates` updates."""
 
     trackers: tuple[str, ...] = ("tensorboard",)
     updates: int = Field(default=50, ge=1)
 
 
 class TrainRecipe(Model):
-    """`views` is the view recipe when there is no store to take it from. `batch_size` is global: over all processes and
+    """One complete run of training.
+
+    `views` is the view recipe when there is no store to take it from. `batch_size` is global: over all processes and
     `accumulation` parts, which have their own batch norm statistics each. `checkpoint_minutes` pass between
-    checkpoints within an epoch; there is one after each validation as well."""
+    checkpoints within an epoch; there is one after each validation as well.
+    """
 
     renamed: ClassVar[Mapping[str, str]] = {
         "watch": "logging",

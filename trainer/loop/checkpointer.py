@@ -22,8 +22,11 @@ from softshard.trainer.loop.train_state import TrainState
 
 @dataclass
 class Progress:
-    """Where a run is: `step` updates into `epoch`, with the sums of their losses; `metrics` of finished epochs; the
-    best top-1 so far."""
+    """Where a run is: `step` updates into `epoch`.
+
+    `sums` are those of the updates' total, hard and soft losses, `metrics` the lines of finished epochs, `best` the
+    best top-1 so far.
+    """
 
     epoch: int = 0
     step: int = 0

@@ -24,7 +24,13 @@ PANELS = (
 
 
 def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the lines of metrics.jsonl, one for each epoch, as a PNG; panels of which there is nothing are left out."""
+    """Draw a run's metrics as a PNG; panels of which there is nothing are left out.
+
+    Args:
+        lines: Those of metrics.jsonl, one for each epoch.
+        title: Of the picture.
+        path: Of the PNG.
+    """
     from matplotlib.figure import Figure  # takes a second, which the first step need not wait for
     from matplotlib.ticker import MaxNLocator
 
