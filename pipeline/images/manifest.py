@@ -182,7 +182,7 @@ def text_digest(lines: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
-def array_digest(*arrays: NDArray) -> int:
+def array_digest(*arrays: NDArray[Any]) -> int:
     """BLAKE2b, 8 bytes, over the raw bytes of C-contiguous arrays, one after the other; never 0."""
     state = hashlib.blake2b(digest_size=8)
     for array in arrays:

@@ -230,4 +230,4 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
 
 
 def _few(beton: Beton, rows: NDArray[np.int64]) -> str:
-    return few([beton.manifest.keys[row] for row in rows])
+    return few([beton.manifest.keys[int(row)] for row in rows])

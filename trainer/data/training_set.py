@@ -11,7 +11,7 @@ from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.images.manifest import array_digest, text_digest
 from softshard.pipeline.recipes.recipe import ViewRecipe
 from softshard.pipeline.runtime.errors import DataError
-from softshard.pipeline.views.kernels.rng import stream_states
+from softshard.pipeline.views.kernels.rng import stream_states  # pyright: ignore[reportUnknownVariableType]
 from softshard.trainer.data.soft_labels import Labels, open_labels
 from softshard.trainer.recipe import TrainRecipe
 
