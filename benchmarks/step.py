@@ -2,7 +2,7 @@
 
 The student is that of configs/train/ghostnetv3_100.yaml with its optimizer, average and loss: plain, expanded, and
 expanded with separate branches. Pixels are random, labels come from a small store of made-up codes. All sides of a
-student share one learner and take turns, in reversed order every other round. The tables show medians of the rounds
+student share one state and take turns, in reversed order every other round. The tables show medians of the rounds
 and medians of the ratios within a round, for CPU and for wall time of the process. The parts, all by default:
 
     labels    a step with soft labels, with a uniform tail and with a tail template, against one with hard labels: the
@@ -48,12 +48,12 @@ from step_sides import (
     Step,
     labeling_step,
     labels_step,
-    learner_step,
     make_labels,
     make_teacher,
     make_training,
     online_step,
     passes_step,
+    training_step,
 )
 
 EPOCHS = 600  # as the recipe
@@ -109,7 +109,7 @@ def measure_labels(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     heading("labels: % more than a step with hard labels")
     for student in ("plain", "expanded"):
         training = make_training(student, options.images, options.size)
-        whole = take_turns({name: learner_step(training, kind) for name, kind in kinds.items()}, 2 * options.rounds)
+        whole = take_turns({name: training_step(training, kind) for name, kind in kinds.items()}, 2 * options.rounds)
         alone = take_turns({name: labels_step(training, kind) for name, kind in kinds.items()}, 100 * options.rounds)
         seconds = medians(float, whole["hard"])
         row(f"{student}, hard labels: seconds a step", seconds)
@@ -130,7 +130,7 @@ def measure_online(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     sides: dict[str, Step] = {}
     for student in STUDENTS:
         training = make_training(student, options.images, options.size)
-        sides[student] = learner_step(training, labels)
+        sides[student] = training_step(training, labels)
         sides[f"{student}, timm"] = online_step(training, teacher)
         sides[f"{student}, passes"] = passes_step(training)
         sides["labeling"] = labeling_step(training, teacher)

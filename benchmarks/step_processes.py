@@ -21,11 +21,11 @@ from step_sides import (
     ON_A_CPU,
     RECIPE,
     K,
-    learner_step,
     make_labels,
     make_teacher,
     make_training,
     online_step,
+    training_step,
 )
 from store import BLOCK_ROWS, manifest, synthetic_logits
 
@@ -75,7 +75,7 @@ def training_memory(folder: Path, student: str, online: bool, images: int, size:
     if online:
         step = online_step(training, make_teacher(size))
     else:
-        step = learner_step(training, make_labels(folder / f"{student}.zarr", with_template=True))
+        step = training_step(training, make_labels(folder / f"{student}.zarr", with_template=True))
     step()
     step()
     return resident("VmHWM") - before

@@ -38,7 +38,7 @@ Step = Callable[[], None]
 class Training:
     """A student, its optimizer and average, and one batch, which all of its sides share."""
 
-    learner: TrainState
+    state: TrainState
     batch: Batch
     updates: Iterator[int] = field(default_factory=count)
 
@@ -73,22 +73,22 @@ def make_labels(folder: Path, with_template: bool) -> EpochLabels:
     return labels
 
 
-def learner_step(training: Training, labels: EpochLabels | None) -> Step:
+def training_step(training: Training, labels: EpochLabels | None) -> Step:
     """A step of the trainer, on hard labels alone when there are no others."""
-    learner, batch = training.learner, training.batch
+    state, batch = training.state, training.batch
 
     def step() -> None:
         update = next(training.updates)
-        learner.begin(update)
-        soft = labels.soft(batch.rows, learner.temperature(update), CPU) if labels else []
-        learner.learn(update, batch, soft)
+        state.begin(update)
+        soft = labels.soft(batch.rows, state.temperature(update), CPU) if labels else []
+        state.learn(update, batch, soft)
 
     return step
 
 
 def labels_step(training: Training, labels: EpochLabels | None) -> Step:
     """What the labels of a step take, without the student: from a view's codes to the gradient of the logits."""
-    loss, batch = training.learner.recipe.loss, training.batch
+    loss, batch = training.state.recipe.loss, training.batch
     logits = torch.randn(len(batch.labels), CLASSES, requires_grad=True)
 
     def step() -> None:
@@ -101,8 +101,8 @@ def labels_step(training: Training, labels: EpochLabels | None) -> Step:
 
 def online_step(training: Training, teacher: nn.Module) -> Step:
     """The same step with timm's task, whose teacher labels the batch; pixels are normalized as timm's loader does."""
-    learner, batch = training.learner, training.batch
-    student, loss = learner.student, learner.recipe.loss
+    state, batch = training.state, training.batch
+    student, loss = state.student, state.recipe.loss
     task = timm.task.LogitDistillationTask(
         student.network,
         teacher,
@@ -114,31 +114,31 @@ def online_step(training: Training, teacher: nn.Module) -> Step:
 
     def step() -> None:
         update = next(training.updates)
-        learner.begin(update)
+        state.begin(update)
         images = student.normalized(batch.images)
         task(images, batch.labels)["loss"].backward()
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        if learner.ema:
-            learner.ema.update(student, step=update + 1)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        if state.ema:
+            state.ema.update(student, step=update + 1)
 
     return step
 
 
 def passes_step(training: Training) -> Step:
     """The student's forward and backward pass alone, without soft labels, optimizer and average."""
-    learner, batch = training.learner, training.batch
+    state, batch = training.state, training.batch
 
     def step() -> None:
-        nn.functional.cross_entropy(learner.model(batch.images), batch.labels).backward()
-        learner.optimizer.zero_grad()
+        nn.functional.cross_entropy(state.model(batch.images), batch.labels).backward()
+        state.optimizer.zero_grad()
 
     return step
 
 
 def labeling_step(training: Training, teacher: nn.Module) -> Step:
     """What labels of the batch cost, once."""
-    student, batch = training.learner.student, training.batch
+    student, batch = training.state.student, training.batch
 
     @torch.inference_mode()
     def step() -> None:

@@ -97,7 +97,7 @@ def main() -> int:
         done[stage.name]["finished"] = status == 0
         write_atomically(STAGES, json.dumps(done, indent=2).encode())
         if status:
-            print(f"demo: {stage.name} ended with status {status}; `make demo` goes on from here", file=sys.stderr)
+            print(f"demo: {stage.name} ended with status {status}; `make demo` resumes from here", file=sys.stderr)
             return status
     report({stage.name: done[stage.name]["seconds"] for stage in plan})
     return 0

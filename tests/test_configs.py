@@ -111,11 +111,11 @@ def test_label_recipes_have_the_same_views_and_published_teachers() -> None:
 
 def test_every_row_of_the_study_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
-    rows = SCRIPT["table_rows"]((CONFIGS / "README.md").read_text())
+    variables, rows = SCRIPT["read_study"]()
     assert len(rows) > 30
     labeled, seen = set(), []
     for row in rows:
-        *labeling, (package, verb, _, config, *words) = row.commands
+        *labeling, (package, verb, _, config, *words) = SCRIPT["words_of"](row, variables)
         for label_package, label_verb, _, label_config, *label_words in labeling:
             assert (label_package, label_verb) == ("pipeline", "label")
             labels = load_recipe(LabelRecipe, label_config, overrides(label_words))
@@ -128,3 +128,11 @@ def test_every_row_of_the_study_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPa
         seen.append(recipe.model_dump(exclude={"output"}))
     assert len({row.name for row in rows}) == len(rows)
     assert all(recipe not in seen[:number] for number, recipe in enumerate(seen))
+
+
+def test_the_studys_page_shows_its_rows() -> None:
+    variables, rows = SCRIPT["read_study"]()
+    page = (CONFIGS / "README.md").read_text()
+    assert SCRIPT["with_table"](page, rows) == page, "run scripts/ablation_smoke.py --write"
+    for name, words in variables.items():
+        assert f'{name}="accelerate launch -m {words}"\n' in page

@@ -21,7 +21,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if train(recipe):
         return 0
     if os.environ.get("RANK", "0") == "0":
-        print(f"{recipe.output}: stopped; run the same command again to go on with the next batch")
+        print(f"{recipe.output}: stopped; run the same command again to resume with the next batch")
     return INTERRUPTED_STATUS
 
 
@@ -73,9 +73,7 @@ def _latency(arguments: argparse.Namespace) -> int:
 
 
 def add_verbs(verbs: Verbs) -> None:
-    add_verb(
-        verbs, "train", "train a student (also under `accelerate launch -m`); goes on where the run stopped", _train
-    )
+    add_verb(verbs, "train", "train a student (also under `accelerate launch -m`); resumes a run that stopped", _train)
     evaluating = add_verb(verbs, "evaluate", "top-1, top-5 and loss of weights on the validation set", _evaluate)
     evaluating.add_argument(
         "--weights",

@@ -23,8 +23,17 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(recipe: TrainRecipe, weights: Path) -> Evaluation:
-    """Evaluate a run's weights (.safetensors, of the student as trained) or an exported folder (through stock timm or
-    torchvision)."""
+    """Score weights on the validation set of a recipe.
+
+    Args:
+        recipe: Names the set, and the student of a run's weights.
+        weights: A run's weights (.safetensors, of the student as trained), or an exported folder, which is read
+            through stock timm or torchvision.
+
+    Raises:
+        RecipeError: An unknown model.
+        DataError, FormatError: Images or weights that do not fit or cannot be read.
+    """
     accelerator = train_accelerator(recipe, "evaluate")
     beton = open_validation_set(recipe)
     student = Student(load_folder(weights)) if weights.is_dir() else make_student(recipe, weights)

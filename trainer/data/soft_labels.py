@@ -23,9 +23,12 @@ from softshard.trainer.recipe import DataRecipe, LabelsRecipe, TrainRecipe
 class Labels:
     """A store's labels for the rows of a .beton.
 
-    `rows` int64, for each row of the .beton its row in the store, -1 where it has none; `template` uint8, for each row
-    of the store its tail template, where the loss spreads the tail; `top_k`: fewer classes than the store keeps;
-    `weight` relative to other stores.
+    Attributes:
+        store: Where they are.
+        rows: int64 [N], for each row of the .beton its row in the store, -1 where it has none.
+        template: uint8 [rows of the store, C], their tail templates, where the loss spreads the tail.
+        top_k: Fewer classes than the store keeps; None: all.
+        weight: Relative to other stores.
     """
 
     store: Store
@@ -39,21 +42,38 @@ class Labels:
         return self.store.manifest.classes
 
     def read_view(self, view: int) -> Codes:
-        """The codes of all rows of the store in one view, checked. Raises DataError and FormatError."""
+        """The codes of all rows of the store in one view, checked.
+
+        Raises:
+            DataError: The view is not labeled.
+            FormatError: It is damaged.
+        """
         return self._top(self.store.read_view(view))
 
     def read_rows(self, view: int, rows: NDArray[np.int64]) -> Codes:
-        """The codes of rows of the .beton in one view, checked. Raises DataError and FormatError."""
+        """The codes of rows of the .beton (int64 [B]) in one view, checked.
+
+        Raises:
+            DataError: The view is not labeled.
+            FormatError: It is damaged.
+        """
         return self._top(self.store.read_rows(view, self.rows[rows]))
 
     def soft(self, codes: Codes, rows: NDArray[np.int64], temperature: float, device: torch.device) -> Weighted:
-        """Soft labels of rows of the .beton, from the codes of a whole view."""
-        places = self.rows[rows]
-        template = None if self.template is None else self.template[places]
-        return self.weight, decode_on(device, codes[places], self.classes, temperature, template)
+        """Decode the soft labels of rows of the .beton (int64 [B]) from the codes of a whole view."""
+        rows_in_store = self.rows[rows]
+        template = None if self.template is None else self.template[rows_in_store]
+        return self.weight, decode_on(device, codes[rows_in_store], self.classes, temperature, template)
 
     def check_labeled(self, views: int) -> None:
-        """Raise DataError unless the first `views` views are labeled. (read_view checks their content.)"""
+        """Check that views are labeled; read_view checks their content.
+
+        Args:
+            views: How many of them, from the first.
+
+        Raises:
+            DataError: A block of one of them is missing.
+        """
         coverage = self.store.coverage()[:views]
         if (coverage < self.store.blocks).any():
             view = int(np.argmax(coverage < self.store.blocks))
@@ -74,7 +94,16 @@ class EpochLabels:
     parts: tuple[tuple[Labels, Codes], ...]
 
     def soft(self, rows: NDArray[np.int64], temperature: float, device: torch.device) -> list[Weighted]:
-        """Soft labels of rows of the .beton at a temperature, decoded on the device; one for each store."""
+        """Decode the soft labels of rows of the .beton.
+
+        Args:
+            rows: int64 [B].
+            temperature: At which their probabilities are wanted.
+            device: On which they are decoded.
+
+        Returns:
+            For each store its weight and its labels.
+        """
         return [labels.soft(codes, rows, temperature, device) for labels, codes in self.parts]
 
 
@@ -93,9 +122,18 @@ class LabelReader:
         self._pool.shutdown(cancel_futures=True)
 
     def labels(self, view: int, coming: int) -> EpochLabels | None:
-        """The labels of a view, when they are there; begins to read those of the coming one. None without stores.
+        """The labels of a view; begins to read those of the coming one.
 
-        Raises DataError for views that are not labeled, FormatError for damaged ones.
+        Args:
+            view: Waited for when it has not been read yet.
+            coming: The view that is asked for next.
+
+        Returns:
+            None without stores.
+
+        Raises:
+            DataError: A view is not labeled.
+            FormatError: A view is damaged.
         """
         if not self._stores:
             return None
@@ -108,7 +146,16 @@ class LabelReader:
 
 
 def teacher_classes(stores: Sequence[Labels], view: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What the teachers, by weight, find most probable in a view of rows of the .beton: int64 [B]."""
+    """What the teachers, by weight, find most probable.
+
+    Args:
+        stores: Of the teachers; at least one.
+        view: Of the images.
+        rows: int64 [B], of the .beton.
+
+    Returns:
+        Classes, int64 [B].
+    """
     codes = [labels.read_rows(view, rows) for labels in stores]
     if len(stores) == 1:
         return codes[0].index[:, 0].astype(np.int64)
@@ -122,8 +169,9 @@ def teacher_classes(stores: Sequence[Labels], view: int, rows: NDArray[np.int64]
 def open_labels(recipe: TrainRecipe, beton: Beton) -> tuple[Labels, ...]:
     """The stores of a recipe, joined to a .beton; none for hard labels alone.
 
-    Raises DataError: labels of another class list or of other images, rows without labels (unless the recipe leaves
-    them out), more views or classes than a store has, stores of different views.
+    Raises:
+        DataError: Labels of another class list or of other images, rows without labels (unless the recipe leaves them
+            out), more views or classes than a store has, or stores of different views.
     """
     stores = tuple(_open(recipe, beton, part) for part in recipe.data.labels or ())
     views = [labels.store.manifest.views.model_dump(exclude={"count"}) for labels in stores]
@@ -156,9 +204,9 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
             f"{store.name}: expected labels of the class list of {beton.path}, found those of another; "
             "label these images, or pack them with the same `classes` file"
         )
-    place = match_keys(store.keys, beton.keys)
-    found = place >= 0
-    other = np.flatnonzero(found & (store.crc32[place] != beton.crc32))
+    rows = match_keys(store.keys, beton.keys)
+    found = rows >= 0
+    other = np.flatnonzero(found & (store.crc32[rows] != beton.crc32))
     if len(other):
         raise DataError(
             f"{store.name}: expected labels of the images in {beton.path}, found labels of other images under "
@@ -178,8 +226,8 @@ def _join(recipe: DataRecipe, beton: Beton, store: Store) -> NDArray[np.int64]:
             f"images depend on the whole set, found {int(found.sum())}; pack them all, or label these"
         )
     check_probes(beton, store.manifest, store.name)
-    return place
+    return rows
 
 
 def _few(beton: Beton, rows: NDArray[np.int64]) -> str:
-    return few([beton.manifest.keys[row] for row in rows])
+    return few([beton.manifest.keys[int(row)] for row in rows])

@@ -11,7 +11,7 @@ from softshard.pipeline.images.beton import Beton, open_beton
 from softshard.pipeline.images.manifest import array_digest, text_digest
 from softshard.pipeline.recipes.recipe import ViewRecipe
 from softshard.pipeline.runtime.errors import DataError
-from softshard.pipeline.views.kernels.rng import stream_states
+from softshard.pipeline.views.kernels.rng import stream_states  # pyright: ignore[reportUnknownVariableType]
 from softshard.trainer.data.soft_labels import Labels, open_labels
 from softshard.trainer.recipe import TrainRecipe
 
@@ -20,7 +20,14 @@ ORDER_SALT = 0x6F72646572  # the order of samples must not be correlated with th
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The rows of a .beton that train, int64 [N], with their views and their stores (none: hard labels alone)."""
+    """The rows of a .beton that train.
+
+    Attributes:
+        beton: Their file.
+        views: The views in which they train.
+        rows: int64 [N].
+        stores: Of their soft labels; none: hard labels alone.
+    """
 
     beton: Beton
     views: ViewRecipe
@@ -28,7 +35,7 @@ class TrainingSet:
     stores: tuple[Labels, ...]
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Rows in the order of an epoch: a function of (seed, epoch, keys), whatever their order in the file."""
+        """Rows in the order of an epoch, int64 [N]: a function of (seed, epoch, keys), not of the file's order."""
         words = stream_states(np.uint64(seed ^ ORDER_SALT), self.beton.keys[self.rows], epoch)
         return self.rows[np.argsort(words, kind="stable")]
 
@@ -41,7 +48,7 @@ class TrainingSet:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, as plain data; not the order of the images in the file."""
+        """What must be the same when a run resumes, as plain data; not the order of the images in the file."""
         rows = self.rows[np.argsort(self.beton.keys[self.rows])]
         content = array_digest(self.beton.keys[rows], self.beton.crc32[rows], self.beton.labels[rows])
         source = {"teachers", "ensemble", "flip_average", "top_k"}
@@ -57,7 +64,8 @@ class TrainingSet:
 def open_training_set(recipe: TrainRecipe) -> TrainingSet:
     """Open and join what the recipe names.
 
-    Raises DataError: labels that do not fit the images, views that are not labeled, too few rows for one batch.
+    Raises:
+        DataError: Labels that do not fit the images, views that are not labeled, or too few rows for one batch.
     """
     beton = open_beton(recipe.data.train)
     _check_classes(recipe, beton)
@@ -75,15 +83,26 @@ def open_training_set(recipe: TrainRecipe) -> TrainingSet:
 
 
 def open_validation_set(recipe: TrainRecipe) -> Beton:
+    """Raises DataError when its classes are not as many as the student's."""
     beton = open_beton(recipe.data.validation)
     _check_classes(recipe, beton)
     return beton
 
 
-def rank_slice(order: NDArray[np.int64], batch_size: int, rank: int, processes: int) -> NDArray[np.int64]:
-    """This process's rows of an epoch, int64 [steps, batch_size / processes]: its slice of every whole global batch."""
-    local = batch_size // processes
-    return order[: len(order) // batch_size * batch_size].reshape(-1, processes, local)[:, rank]
+def rank_slice(order: NDArray[np.int64], batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """This process's slice of every whole global batch of an epoch.
+
+    Args:
+        order: int64 [N], the rows in the order of the epoch.
+        batch_size: Of the global batch.
+        rank: Of this process.
+        world_size: How many processes there are.
+
+    Returns:
+        Rows, int64 [steps, batch_size / world_size].
+    """
+    local = batch_size // world_size
+    return order[: len(order) // batch_size * batch_size].reshape(-1, world_size, local)[:, rank]
 
 
 def _views(recipe: TrainRecipe, stores: tuple[Labels, ...]) -> ViewRecipe:

@@ -19,7 +19,11 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 def check_device(recipe: TrainRecipe) -> None:
-    """Raise RecipeError for what the recipe asks of a CPU that it cannot do."""
+    """Check the recipe against the device of this machine.
+
+    Raises:
+        RecipeError: It asks of a CPU what that cannot do.
+    """
     if not torch.accelerator.is_available():
         if recipe.precision == "fp16":
             raise RecipeError("precision: expected float32 or bf16 on a CPU, found fp16; choose one of them")
@@ -28,7 +32,11 @@ def check_device(recipe: TrainRecipe) -> None:
 
 
 def check_batch(recipe: TrainRecipe, processes: int) -> None:
-    """Raise RecipeError when the global batch cannot be divided among processes and accumulation steps."""
+    """Check the global batch against the number of processes.
+
+    Raises:
+        RecipeError: It cannot be divided among processes and accumulation steps.
+    """
     parts = processes * recipe.accumulation
     if recipe.batch_size % parts:
         raise RecipeError(
@@ -38,7 +46,11 @@ def check_batch(recipe: TrainRecipe, processes: int) -> None:
 
 
 def check_batch_norm(recipe: TrainRecipe, student: nn.Module, processes: int) -> None:
-    """Raise RecipeError when parts of a batch are single images, of which batch norm cannot have statistics."""
+    """Check that batch norm can have statistics of a process's part of a batch.
+
+    Raises:
+        RecipeError: The student has batch norms, and parts of a batch are single images.
+    """
     if recipe.batch_size == processes * recipe.accumulation and any(
         isinstance(m, _BatchNorm) for m in student.modules()
     ):
@@ -50,7 +62,11 @@ def check_batch_norm(recipe: TrainRecipe, student: nn.Module, processes: int) ->
 
 
 def check_same_start(recipe: TrainRecipe, accelerator: Accelerator, update: int) -> None:
-    """Raise DataError when the processes go on from different updates, as with a run folder on each machine."""
+    """Check that all processes resume from the same update.
+
+    Raises:
+        DataError: They do not, as with a run folder on each machine.
+    """
     starts: Any = accelerator.gather(torch.tensor([update], device=accelerator.device))
     if (starts != update).any():
         raise DataError(
@@ -60,8 +76,16 @@ def check_same_start(recipe: TrainRecipe, accelerator: Accelerator, update: int)
 
 
 def not_finite(recipe: TrainRecipe, epoch: int, step: int, what: str, keys: list[str], write: bool) -> DataError:
-    """The error for a loss or weights that are not finite; `what`: "a finite loss, found nan". `write`: this process
-    writes the batch's keys to a file."""
+    """The error for a loss or weights that are not finite.
+
+    Args:
+        recipe: Of the run.
+        epoch: Counted from 0.
+        step: Of the epoch, counted from 0.
+        what: What was expected and found: "a finite loss, found nan".
+        keys: Of the images of the batch.
+        write: Whether this process writes the keys to a file.
+    """
     path = Path(recipe.output) / NOT_FINITE
     if write:
         write_atomically(path, "".join(f"{key}\n" for key in keys).encode())
@@ -75,7 +99,11 @@ def not_finite(recipe: TrainRecipe, epoch: int, step: int, what: str, keys: list
 
 @contextmanager
 def memory_advice(recipe: TrainRecipe, device: torch.device, processes: int) -> Iterator[None]:
-    """Turn an allocation that failed into a DataError that says which setting to change."""
+    """Turn an allocation that fails in the block into an error that says which setting to change.
+
+    Raises:
+        DataError: Memory did not suffice.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's

@@ -24,7 +24,13 @@ PANELS = (
 
 
 def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the lines of metrics.jsonl, one for each epoch, as a PNG; panels of which there is nothing are left out."""
+    """Draw a run's metrics as a PNG; panels of which there is nothing are left out.
+
+    Args:
+        lines: Those of metrics.jsonl, one for each epoch.
+        title: Of the picture.
+        path: Of the PNG.
+    """
     from matplotlib.figure import Figure  # takes a second, which the first step need not wait for
     from matplotlib.ticker import MaxNLocator
 
@@ -35,8 +41,8 @@ def plot_curves(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None
     figure = Figure(figsize=(10, 3 * rows))  # with fixed margins: a layout engine draws everything twice
     figure.subplots_adjust(0.07, 0.5 / (3 * rows), 0.98, 1 - 0.6 / (3 * rows), wspace=0.16, hspace=0.45)
     figure.suptitle(title, y=1 - 0.1 / (3 * rows), verticalalignment="top")
-    for place, (name, series) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, 2, place)
+    for number, (name, series) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 2, number)
         for key, label in series:
             points = [(line["epoch"], line[key]) for line in lines if key in line]
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) > 1 else "x")

@@ -20,7 +20,11 @@ SHOWN = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agreement"))
 
 
 def check_trackers(recipe: TrainRecipe) -> None:
-    """Raise RecipeError for trackers that Accelerate does not know or whose package is not installed."""
+    """Check the recipe's trackers.
+
+    Raises:
+        RecipeError: Accelerate does not know one, or its package is not installed.
+    """
     installed = [str(name) for name in get_available_trackers()]
     for name in recipe.logging.trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -101,8 +105,7 @@ class ProgressLog:
 
 
 class Clock:
-    """How fast images of a loader went by, and the fraction of the time spent waiting for them, since the clock was
-    last read."""
+    """How fast images of a loader went by since the clock was last read, and how long they were waited for."""
 
     def __init__(self, loader: ViewLoader) -> None:
         self._loader = loader
@@ -115,6 +118,7 @@ class Clock:
         self._images += images
 
     def figures(self) -> dict[str, float]:
+        """Images a second, and the fraction of the time spent waiting for them."""
         seconds, waited = time.perf_counter() - self._started, self._loader.waited - self._waited
         return {"images_per_second": self._images / seconds, "data_wait": waited / seconds}
 

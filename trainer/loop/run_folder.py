@@ -1,7 +1,7 @@
 """A run's folder.
 
 recipe.yaml, classes.txt   what is trained
-last.pt, previous.pt       the newest two checkpoints: everything to go on with
+last.pt, previous.pt       the newest two checkpoints: everything to resume from
 best.safetensors           the weights of the best validation so far
 model.safetensors          the weights at the end
 metrics.jsonl, curves.png  a line for each epoch, and what they look like
@@ -33,9 +33,9 @@ RECIPE, CLASSES, METRICS, CURVES = "recipe.yaml", "classes.txt", "metrics.jsonl"
 LAST, PREVIOUS = "last.pt", "previous.pt"
 LOCK = ".lock"
 BEST, WEIGHTS = "best.safetensors", "model.safetensors"
-# Keys that do not change the global batches: a run may go on with others, as it may with other processes. Batch norm's
-# statistics are those of a part of a batch, so that with another accumulation they are of more or fewer images.
-MAY_CHANGE = {
+# They do not change the global batches. Batch norm's statistics are those of a part of a batch, so that with another
+# accumulation they are of more or fewer images.
+CHANGEABLE_ON_RESUME = {
     "output": True,
     "logging": True,
     "evaluation": True,
@@ -48,8 +48,10 @@ _logger = logging.getLogger(__name__)
 
 
 def make_run(recipe: TrainRecipe, classes: Sequence[str]) -> None:
-    """Make the run folder, with the resolved recipe when nothing has been trained there yet. What a killed process left
-    unfinished is removed."""
+    """Make the run folder, with the resolved recipe when nothing has been trained there yet.
+
+    What a killed process left unfinished is removed.
+    """
     folder = Path(recipe.output)
     if not any((folder / name).exists() for name in (LAST, PREVIOUS, WEIGHTS)):
         write_atomically(folder / CLASSES, "".join(f"{name}\n" for name in classes).encode())
@@ -59,10 +61,16 @@ def make_run(recipe: TrainRecipe, classes: Sequence[str]) -> None:
 
 
 def check_run(recipe: TrainRecipe) -> None:
-    """Raise DataError when the run folder belongs to another recipe, naming all differences."""
+    """Check that the run folder belongs to this recipe.
+
+    Raises:
+        DataError: It belongs to another one; all differences are named.
+    """
     folder = Path(recipe.output)
     before = load_recipe(TrainRecipe, folder / RECIPE)
-    found = list(differences(recipe.model_dump(exclude=MAY_CHANGE), before.model_dump(exclude=MAY_CHANGE)))
+    found = list(
+        differences(recipe.model_dump(exclude=CHANGEABLE_ON_RESUME), before.model_dump(exclude=CHANGEABLE_ON_RESUME))
+    )
     if found:
         raise DataError(
             f"{folder}: expected a run of this recipe, found one of another: {'; '.join(found)}; name another output"
@@ -70,8 +78,17 @@ def check_run(recipe: TrainRecipe) -> None:
 
 
 def check_data(folder: Path, checkpoint: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise DataError unless a run goes on with the data that it began with (TrainingSet.identity), FormatError for a
-    checkpoint that does not say."""
+    """Check that a run resumes with the data that it began with.
+
+    Args:
+        folder: Of the run, for messages.
+        checkpoint: Its newest one.
+        now: TrainingSet.identity of the data that the recipe names.
+
+    Raises:
+        DataError: The data differ.
+        FormatError: The checkpoint does not say.
+    """
     if "data" not in checkpoint:
         raise FormatError(
             f"{folder}: expected a checkpoint of this version of softshard, found one of another; name another output"
@@ -85,9 +102,12 @@ def check_data(folder: Path, checkpoint: dict[str, Any], now: dict[str, Any]) ->
 
 
 @contextmanager
-def alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """While the block runs, no other run works in the folder, which is made. Raises DataError, in all processes, when
-    one does."""
+def run_lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """While the block runs, no other run works in the folder, which is made.
+
+    Raises:
+        DataError: Another one does; raised in all processes.
+    """
     with ExitStack() as stack:
         free = _lock(folder, stack) if accelerator.is_main_process else True
         [free] = broadcast_object_list([free])
@@ -121,11 +141,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None where there is none. When that is not the last one, it says so and
-    removes the last one, which would otherwise become the one before at the next save.
+    """The newest checkpoint that is whole, or None where there is none.
 
-    Only tensors and plain values are read, and every checksum in the file is checked; pickled code is not run. Raises
-    FormatError when there are checkpoints but none is whole.
+    When that is not the last one, it says so and removes the last one, which would otherwise become the one before at
+    the next save. Only tensors and plain values are read, and every checksum in the file is checked; pickled code is
+    not run.
+
+    Raises:
+        FormatError: There are checkpoints, but none is whole.
     """
     problems = []
     for name in (LAST, PREVIOUS):
@@ -138,7 +161,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             problems.append(str(error))
             continue
         for problem in problems:
-            _logger.warning("%s; going on from %s", problem, path)
+            _logger.warning("%s; resuming from %s", problem, path)
             (folder / LAST).unlink()
         return state
     if problems:
@@ -149,10 +172,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def save_metrics(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.jsonl anew: a line for each epoch."""
     write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def save_weights(path: Path, network: nn.Module) -> None:
+    """Write the network's state_dict as safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     with atomic_path(path) as partial:
         safetensors.torch.save_file(tensors, partial)

@@ -27,8 +27,16 @@ class Scores(NamedTuple):
 
 
 def train_accelerator(recipe: TrainRecipe, stage: str, **options: Any) -> Accelerator:
-    """The Accelerator of a train recipe, whose students are evaluated in the precision that they train in; `options`
-    are Accelerate's own. Raises RecipeError for what the recipe asks of a device that it cannot do."""
+    """The Accelerator of a train recipe, whose students are evaluated in the precision that they train in.
+
+    Args:
+        recipe: Says precision and accumulation.
+        stage: For the start-up line: train, evaluate.
+        **options: Accelerate's own.
+
+    Raises:
+        RecipeError: The recipe asks of a device what that cannot do.
+    """
     check_device(recipe)
     mixed = {"float32": "no"}.get(recipe.precision, recipe.precision)
     accumulation = GradientAccumulationPlugin(recipe.accumulation)  # a number alone yields to the environment's
@@ -38,6 +46,7 @@ def train_accelerator(recipe: TrainRecipe, stage: str, **options: Any) -> Accele
 
 
 def validation_loader(recipe: TrainRecipe, beton: Beton, accelerator: Accelerator) -> ViewLoader:
+    """A loader of center views, in batches as large as a part of a training batch."""
     data = recipe.data
     batch_size = max(1, recipe.batch_size // (accelerator.num_processes * recipe.accumulation))
     return ViewLoader(beton, None, data.size, batch_size, data.workers, accelerator.device, data.crop_pct)
@@ -51,8 +60,19 @@ def score(
     targets: NDArray[np.int64],
     view: int = CENTER,
 ) -> dict[str, Scores]:
-    """Scores of each student on rows in a view, which are decoded once for all of them; targets int64 [N], the class of
-    each row. Every process takes a share of the rows, and all return the scores of all."""
+    """Scores of each student on rows in a view, which are decoded once for all of them.
+
+    Args:
+        accelerator: Every process takes its slice of the rows.
+        students: By name.
+        loader: Of the rows' images.
+        rows: int64 [N].
+        targets: int64 [N], the class of each row.
+        view: In which the rows are rendered.
+
+    Returns:
+        Scores over all rows, in all processes.
+    """
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     sums, _ = measure(accelerator, students, loader, rows[mine], targets[mine], view)
     total: Any = accelerator.reduce(sums)
@@ -69,8 +89,12 @@ def measure(
     targets: NDArray[np.int64],
     view: int,
 ) -> tuple[Tensor, Tensor]:
-    """For each student the sums of what Scores are means of, float32 [S, 3], and its predictions, int64 [S, N]; both
-    on the device, which is not waited for."""
+    """What `score` does, of this process's rows alone.
+
+    Returns:
+        For each student the sums of what Scores are means of, float32 [S, 3], and its predictions, int64 [S, N]; both
+        on the device, which is not waited for.
+    """
     for student in students.values():
         student.eval()
     sums, predictions = torch.zeros(len(students), len(Scores._fields), device=accelerator.device), []
@@ -88,6 +112,7 @@ def _parts(targets: NDArray[np.int64], size: int) -> tuple[Tensor, ...]:
 
 
 def scores_of(means: Sequence[float]) -> Scores:
+    """Scores from means over images: how often the class is first, and among the first five, and the loss."""
     return Scores(100 * means[0], 100 * means[1], means[2])
 
 

@@ -28,8 +28,11 @@ from softshard.trainer.student import Student, make_student
 
 @dataclass
 class TrainState:
-    """Updates are counted from 0 over the whole run; `updates` of them make it up. The learning rate, the temperature
-    and the random numbers of an update are functions of its number."""
+    """A student and what changes it.
+
+    Updates are counted from 0 over the whole run; `updates` of them make it up. The learning rate, the temperature and
+    the random numbers of an update are functions of its number.
+    """
 
     accelerator: Accelerator
     recipe: TrainRecipe
@@ -47,7 +50,13 @@ class TrainState:
 
     @property
     def result(self) -> Student:
+        """What a run is for: the average of the weights where there is one, otherwise the weights."""
         return list(self.students.values())[-1]
+
+    @property
+    def steps(self) -> int:
+        """Updates of an epoch."""
+        return self.updates // self.recipe.schedule.epochs
 
     @property
     def lr(self) -> float:
@@ -58,13 +67,22 @@ class TrainState:
         return first if last is None else first + (last - first) * update / max(1, self.updates - 1)
 
     def begin(self, update: int) -> None:
-        """Make ready for an update: its learning rate, and its random numbers (dropout), different in each process."""
+        """Prepare an update: its learning rate, and its random numbers (dropout), different in each process."""
         self.schedule.step_update(update)
         words = np.random.SeedSequence((self.recipe.seed, update, self.accelerator.process_index))
         torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
     def learn(self, update: int, batch: Batch, soft: Sequence[Weighted]) -> Losses:
-        """Forward and backward on a part of the update's batch; the last of its parts changes the weights."""
+        """Forward and backward on a part of the update's batch; the last of its parts changes the weights.
+
+        Args:
+            update: Its number in the run.
+            batch: The part.
+            soft: Labels of each teacher with their weights, decoded at the update's temperature; empty: none.
+
+        Returns:
+            The losses of the part, on the device.
+        """
         with self.accelerator.accumulate(self.model):
             loss = self.recipe.loss
             losses = distillation_loss(
@@ -103,7 +121,7 @@ class TrainState:
         norms = torch._foreach_norm([parameter.detach() for parameter in self.student.parameters()])
         return bool(torch.stack(norms).isfinite().all())
 
-    def share_statistics(self) -> None:
+    def broadcast_statistics(self) -> None:
         """Give all processes the first one's batch norm statistics: each has those of its own images."""
         if self.accelerator.num_processes > 1:
             for student in self.students.values():
@@ -127,8 +145,17 @@ class TrainState:
 
 
 def make_train_state(accelerator: Accelerator, recipe: TrainRecipe, steps: int) -> TrainState:
-    """A learner at the start of a run of so many steps an epoch. Raises RecipeError for options that the optimizer
-    does not have, and what make_student raises."""
+    """The state at the start of a run.
+
+    Args:
+        accelerator: Prepares the student and its optimizer for device and processes.
+        recipe: Of the run.
+        steps: Updates of an epoch.
+
+    Raises:
+        RecipeError: An unknown model, options that the optimizer does not have, and what expand refuses.
+        DataError, FormatError: Weights to start from that do not fit or cannot be read.
+    """
     with accelerator.local_main_process_first():  # one download serves all processes of a machine
         student = make_student(recipe).to(accelerator.device)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
@@ -153,7 +180,8 @@ def _compiled(student: Student) -> Any:
 def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
     """timm's optimizer, without weight decay for norms, biases and what the network itself names (position embeddings).
 
-    Raises RecipeError for options that it does not have, and for an optimizer that does not work here.
+    Raises:
+        RecipeError: It does not have one of the options, or does not work here.
     """
     wanted, options = recipe.optimizer, dict[str, Any](recipe.optimizer.options)
     try:

@@ -22,8 +22,16 @@ AGREEMENT_SALT, AGREEMENT_VIEW = np.uint64(0x6167726565), 0
 
 @dataclass(frozen=True)
 class Validation:
-    """`rows` int64 [A]: training images, the same for every run on this set; `taught` int64 [A]: what the teacher finds
-    most probable in a view of each. Empty without soft labels."""
+    """What students are scored on.
+
+    Attributes:
+        accelerator: All processes take part.
+        beton: The validation set.
+        loader: Of its center views.
+        training_loader: Of the training set's views.
+        rows: int64 [A], training images, the same for every run on this set. Empty without soft labels.
+        taught: int64 [A], what the teacher finds most probable in a view of each.
+    """
 
     accelerator: Accelerator
     beton: Beton
@@ -32,13 +40,21 @@ class Validation:
     rows: NDArray[np.int64]
     taught: NDArray[np.int64]
 
-    def figures(self, learner: TrainState, folded: bool) -> dict[str, float]:
-        """top1, top5 and agreement in percent, validation_loss in nats; with the prefix `ema_` those of the average of
-        the weights, with `folded_` (where asked for) those of the result without its branches."""
-        learner.share_statistics()
-        students = {"ema_" if name == "ema" else "": student for name, student in learner.students.items()}
-        if folded and learner.recipe.student.expand:
-            students["folded_"] = Student(fold(learner.result.network)).to(self.accelerator.device)
+    def figures(self, state: TrainState, folded: bool) -> dict[str, float]:
+        """Score the students of a train state.
+
+        Args:
+            state: Its weights, and their average where the recipe asks for one.
+            folded: Score the result without its branches, too.
+
+        Returns:
+            top1, top5 and agreement in percent, validation_loss in nats; with the prefix `ema_` those of the average,
+            with `folded_` those of the folded result.
+        """
+        state.broadcast_statistics()
+        students = {"ema_" if name == "ema" else "": student for name, student in state.students.items()}
+        if folded and state.recipe.student.expand:
+            students["folded_"] = Student(fold(state.result.network)).to(self.accelerator.device)
         everything = np.arange(len(self.beton))
         scores = score(self.accelerator, students, self.loader, everything, self.beton.labels)
         figures = {}
@@ -58,7 +74,11 @@ class Validation:
 def open_validation(
     accelerator: Accelerator, recipe: TrainRecipe, training: TrainingSet, training_loader: ViewLoader
 ) -> Validation:
-    """Raises DataError and FormatError when the sets or the labels cannot be read."""
+    """Open the validation set, and read the teacher's classes for the agreement.
+
+    Raises:
+        DataError, FormatError: A set or the labels cannot be read.
+    """
     beton = open_validation_set(recipe)
     loader = validation_loader(recipe, beton, accelerator)
     rows = taught = np.empty(0, np.int64)

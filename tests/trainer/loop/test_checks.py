@@ -219,9 +219,9 @@ class TestNotFinite:
         """An update whose loss is finite may break them: the loss of the next one shows it, or a look before a save."""
         changes = ("output", str(tmp_path / "run")), ("logging.updates", updates), ("checkpoint_minutes", "1e-9")
 
-        def break_weights(learner: softshard.trainer.loop.train_state.TrainState) -> None:
+        def break_weights(state: softshard.trainer.loop.train_state.TrainState) -> None:
             with torch.no_grad():
-                next(learner.student.parameters())[0] = torch.inf
+                next(state.student.parameters())[0] = torch.inf
 
         message = (
             rf"^{tmp_path}/run: epoch 2, step 3: expected finite weights after it, found others; the keys of the 16 "

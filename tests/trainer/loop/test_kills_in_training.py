@@ -1,4 +1,4 @@
-"""Training that is killed at any moment goes on to the same end."""
+"""Training that is killed at any moment resumes to the same end."""
 
 import random
 import shutil

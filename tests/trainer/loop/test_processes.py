@@ -26,7 +26,7 @@ from helpers.small_runs import (
 )
 from helpers.workers import STOPPED, finish, start, training
 
-import softshard.trainer.loop.train
+import softshard.trainer.loop.checkpointer
 from softshard.pipeline.runtime.launch import CollectiveFlags
 from softshard.trainer.data.training_set import open_training_set, rank_slice
 from softshard.trainer.loop.run_folder import WEIGHTS, save_checkpoint
@@ -55,7 +55,7 @@ def signalled_in_the_second_process() -> Iterator[None]:
         assert saved_progress(Path(os.environ["RUN"])) == (1, 3)
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(softshard.trainer.loop.train, "save_checkpoint", save_slowly)
+            patch.setattr(softshard.trainer.loop.checkpointer, "save_checkpoint", save_slowly)
             yield
 
 
@@ -106,14 +106,14 @@ def test_a_checkpoint_that_is_due_is_written_once(
             return granted
 
     minutes, saved = 0.0, []
-    monkeypatch.setattr(softshard.trainer.loop.train, "CollectiveFlags", Late)
-    monkeypatch.setattr(softshard.trainer.loop.train.time, "monotonic", lambda: 60 * minutes)
+    monkeypatch.setattr(softshard.trainer.loop.checkpointer, "CollectiveFlags", Late)
+    monkeypatch.setattr(softshard.trainer.loop.checkpointer.time, "monotonic", lambda: 60 * minutes)
 
     def save(folder: Path, state: dict[str, Any]) -> None:
         saved.append(state["progress"]["step"])
         save_checkpoint(folder, state)
 
-    monkeypatch.setattr(softshard.trainer.loop.train, "save_checkpoint", save)
+    monkeypatch.setattr(softshard.trainer.loop.checkpointer, "save_checkpoint", save)
     learn = TrainState.learn
 
     def learn_for_a_minute(self: TrainState, *arguments: Any) -> Any:
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_due_is_written_once(
 
 
 def test_one_and_two_processes_learn_the_same(inputs: Path, tmp_path: Path) -> None:
-    """Without batch norm, up to the rounding of sums; also when a run goes on with another number of processes,
+    """Without batch norm, up to the rounding of sums; also when a run resumes with another number of processes,
     and when batches are accumulated."""
     changes = NO_BATCH_NORM, ("optimizer", "{name: sgd, lr: 0.05}"), ("schedule.epochs", "2")
     recipe = write_recipe(inputs, "elastic", TRAIN)
@@ -150,7 +150,7 @@ def test_one_and_two_processes_learn_the_same(inputs: Path, tmp_path: Path) -> N
         assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in lines)
 
 
-def test_the_shares_of_all_ranks_make_up_the_batch(inputs: Path) -> None:
+def test_the_slices_of_all_ranks_make_up_the_batch(inputs: Path) -> None:
     order = open_training_set(train_recipe(inputs)).order(seed=3, epoch=1)
     assert len(order) == 70
     whole = rank_slice(order, 16, 0, 1)

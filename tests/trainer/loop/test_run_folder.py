@@ -35,8 +35,8 @@ from softshard.trainer.loop.run_folder import (
     PREVIOUS,
     RECIPE,
     WEIGHTS,
-    alone,
     load_checkpoint,
+    run_lock,
     save_checkpoint,
 )
 from softshard.trainer.loop.train import train
@@ -94,7 +94,7 @@ class TestOtherRecipes:
 
 
 class TestOtherData:
-    """A run goes on with the images and labels that it began with, whatever their files are called."""
+    """A run resumes with the images and labels that it began with, whatever their files are called."""
 
     @pytest.fixture
     def own(self, tmp_path: Path) -> Path:
@@ -162,7 +162,7 @@ def packed_sample(folder: Path, name: str) -> list[tuple[str, bytes]]:
 class TestAlone:
     def test_a_second_run_in_the_folder_is_refused(self, inputs: Path, copy: Path) -> None:
         before = {path.name: path.read_bytes() for path in copy.iterdir()}
-        with alone(copy, Accelerator(cpu=True)), pytest.raises(DataError) as found:
+        with run_lock(copy, Accelerator(cpu=True)), pytest.raises(DataError) as found:
             train(train_recipe(inputs, ("output", str(copy))))
         assert str(found.value) == (
             f"{copy}: expected no other run at work in this folder, found one; wait for it, stop it, or name another "
@@ -177,7 +177,7 @@ class TestAlone:
             raise OSError(errno.ENOLCK, "No locks available")
 
         monkeypatch.setattr(fcntl, "flock", flock)
-        with alone(tmp_path / "run", Accelerator(cpu=True)):
+        with run_lock(tmp_path / "run", Accelerator(cpu=True)):
             [record] = caplog.records
         assert record.getMessage() == (
             f"{tmp_path}/run: this disk has no locks ([Errno 37] No locks available): see to it that no other run "
@@ -200,7 +200,7 @@ class TestDamage:
         said = [record.getMessage() for record in caplog.records if record.name == "softshard.trainer.loop.run_folder"]
         assert len(said) == 1
         assert said[0].startswith(f"{copy / LAST}: expected a checkpoint of tensors and plain values, found: ")
-        assert said[0].endswith(f"; going on from {copy / PREVIOUS}")
+        assert said[0].endswith(f"; resuming from {copy / PREVIOUS}")
         assert_same(weights(copy), weights(run))
 
     def test_it_never_replaces_the_one_before(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Training runs: what they leave behind, what ends them early, and that they go on exactly where they stopped."""
+"""Training runs: what they leave behind, what ends them early, and that they resume exactly where they stopped."""
 
 import os
 import shutil
@@ -132,7 +132,7 @@ def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(
     with acting(6, lambda _: os.kill(os.getpid(), number)):
         assert softshard.trainer.__main__.main(words) == 130
     shown = capfd.readouterr()
-    assert f"{other_run}: stopped; run the same command again to go on with the next batch\n" in shown.out
+    assert f"{other_run}: stopped; run the same command again to resume with the next batch\n" in shown.out
     assert shown.err.count(f"{signal.Signals(number).name}: {STOPPING}\n") == 1
     assert saved_progress(other_run) == (1, 2)
     assert not (other_run / WEIGHTS).exists()

@@ -1,4 +1,4 @@
-"""The learner: its optimizer, its schedule, its temperature, its average, and what accumulation does."""
+"""The train state: its optimizer, its schedule, its temperature, its average, and what accumulation does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,21 +119,21 @@ class TestSchedule:
 
 
 @pytest.fixture
-def learner(inputs: Path) -> TrainState:
+def state(inputs: Path) -> TrainState:
     return make_train_state(Accelerator(cpu=True), train_recipe(inputs, ("loss.final_temperature", "1.0")), STEPS)
 
 
-def test_the_temperature_goes_to_its_end_in_equal_steps(learner: TrainState) -> None:
-    temperatures = [learner.temperature(update) for update in range(4 * STEPS)]
+def test_the_temperature_goes_to_its_end_in_equal_steps(state: TrainState) -> None:
+    temperatures = [state.temperature(update) for update in range(4 * STEPS)]
     assert (temperatures[0], temperatures[-1]) == (2.0, 1.0)
     steps = torch.tensor(temperatures).diff()
     torch.testing.assert_close(steps, torch.full_like(steps, -1 / 39), rtol=1e-4, atol=0)
 
 
-def test_random_numbers_are_a_function_of_the_update(learner: TrainState) -> None:
+def test_random_numbers_are_a_function_of_the_update(state: TrainState) -> None:
     draws = []
     for update in (3, 4, 3):
-        learner.begin(update)
+        state.begin(update)
         draws.append(torch.rand(5))
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
