@@ -110,7 +110,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for root in (folder / "photos", folder / "data/demo" / ("train" if number else "validation")):
                 (root / str(digit)).mkdir(parents=True, exist_ok=True)
                 image.save(root / str(digit) / f"{number:03}.jpg")
-    image.save(folder / "photo.jpg")
+    shutil.copy(folder / "photos/0/000.jpg", folder / "photo.jpg")
     write_teacher(folder / "export/demo/teacher")
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)

@@ -49,7 +49,7 @@ def test_packing_plain_data_and_files(root: Path, tmp_path: Path) -> None:
     manifest = softshard.pack(recipe)
     assert len(manifest.keys) == 4
     (tmp_path / "pack.yaml").write_text(f"source: {{kind: imagefolder, path: {root}}}\noutput: {tmp_path}/b.beton\n")
-    assert softshard.pack(tmp_path / "pack.yaml") == manifest
+    assert softshard.pack(tmp_path / "pack.yaml").keys == manifest.keys
     files = contents(tmp_path)
     assert files["a.beton"] == files["b.beton"]
 

@@ -73,6 +73,7 @@ def _latency(arguments: argparse.Namespace) -> int:
 
 
 def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs of training to a command."""
     add_verb(verbs, "train", "train a student (also under `accelerate launch -m`); resumes a run that stopped", _train)
     evaluating = add_verb(verbs, "evaluate", "top-1, top-5 and loss of weights on the validation set", _evaluate)
     evaluating.add_argument(
@@ -102,6 +103,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     return run(make_parser("python -m trainer", __doc__, [add_verbs]), arguments)
 
 

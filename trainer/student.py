@@ -38,6 +38,7 @@ class Student(nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, C] of uint8 pixels [N, 3, H, W]."""
         return self.network(self.normalized(images))
 
 

@@ -39,6 +39,7 @@ class Labels:
 
     @property
     def classes(self) -> int:
+        """C, the number of classes of the store."""
         return self.store.manifest.classes
 
     def read_view(self, view: int) -> Codes:

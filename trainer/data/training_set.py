@@ -44,6 +44,7 @@ class TrainingSet:
         return len(self.rows) // batch_size
 
     def view(self, epoch: int) -> int:
+        """The view that an epoch trains on."""
         return epoch % self.views.count
 
     @cached_property

@@ -27,6 +27,7 @@ class LossMeter:
         self._pending: list[Tensor] = []
 
     def start_epoch(self) -> None:
+        """Show the epoch and start its clocks."""
         self._log.epoch(self._progress.epoch)
         self._clock, self._epoch_clock = Clock(self._loader), Clock(self._loader)
 

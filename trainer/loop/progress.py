@@ -68,9 +68,11 @@ class ProgressLog:
             tracker.finish()
 
     def step(self) -> None:
+        """Count an update on the live line."""
         self._bar.update()
 
     def epoch(self, epoch: int) -> None:
+        """Name an epoch, counted from 0, on the live line."""
         self._bar.set_description(f"{self._recipe.output} epoch {epoch + 1}/{self._recipe.schedule.epochs}")
 
     def losses(self, update: int, figures: dict[str, float]) -> None:
@@ -97,10 +99,12 @@ class ProgressLog:
             )
 
     def say(self, text: str) -> None:
+        """Write a line above the live one."""
         if self._shows:
             tqdm.write(text, file=sys.stderr)
 
     def log(self, group: str, update: int, figures: dict[str, float]) -> None:
+        """Give figures to the trackers, as group/name."""
         self._accelerator.log({f"{group}/{name}": value for name, value in figures.items()}, step=update)
 
 
@@ -115,6 +119,7 @@ class Clock:
         self._started, self._waited, self._images = time.perf_counter(), self._loader.waited, 0
 
     def count(self, images: int) -> None:
+        """Count images of the global batch."""
         self._images += images
 
     def figures(self) -> dict[str, float]:
@@ -130,7 +135,7 @@ class Clock:
 
 
 def _words(figures: dict[str, float]) -> list[str]:
-    """['weights: top-1 71.20 %, top-5 90.31 %, agreement 80.12 %', 'average: ...']"""
+    """Put figures into words: ['weights: top-1 71.20 %, top-5 90.31 %, agreement 80.12 %', 'average: ...']."""
     words = []
     for prefix, name in (("", "weights"), ("ema_", "average"), ("folded_", "folded")):
         found = [(label, figures.get(prefix + key)) for key, label in SHOWN]

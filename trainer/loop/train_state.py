@@ -60,9 +60,11 @@ class TrainState:
 
     @property
     def lr(self) -> float:
+        """The learning rate of the current update."""
         return self.optimizer.param_groups[0]["lr"]
 
     def temperature(self, update: int) -> float:
+        """The temperature of an update."""
         first, last = self.recipe.loss.temperature, self.recipe.loss.final_temperature
         return first if last is None else first + (last - first) * update / max(1, self.updates - 1)
 
@@ -128,6 +130,7 @@ class TrainState:
                 broadcast([buffer for _, buffer in sorted(student.named_buffers())])
 
     def state_dict(self) -> dict[str, Any]:
+        """All that must be kept to resume; the schedule is a function of the update."""
         return {
             "student": self.student.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -136,6 +139,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from what `state_dict` gave."""
         self.student.load_state_dict(state["student"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
@@ -178,7 +182,7 @@ def _compiled(student: Student) -> Any:
 
 
 def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
-    """timm's optimizer, without weight decay for norms, biases and what the network itself names (position embeddings).
+    """Make timm's optimizer, without weight decay for norms, biases and what the network names (position embeddings).
 
     Raises:
         RecipeError: It does not have one of the options, or does not work here.
@@ -197,7 +201,7 @@ def make_optimizer(recipe: TrainRecipe, network: nn.Module) -> Optimizer:
 
 
 def make_schedule(recipe: TrainRecipe, optimizer: Optimizer, steps: int) -> Scheduler:
-    """timm's schedule: the learning rate as a function of the number of updates, warming up from zero."""
+    """Make timm's schedule: the learning rate as a function of the number of updates, warming up from zero."""
     wanted = recipe.schedule
     schedule, _ = timm.scheduler.create_scheduler_v2(
         optimizer,
