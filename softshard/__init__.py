@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from softshard.teachers import Teacher as Teacher
     from softshard.teachers import load_teacher as load_teacher
     from softshard.trainer.losses import distillation_loss as distillation_loss
+    from softshard.trainer.losses import topk_kl as topk_kl
     from softshard.trainer.recipe import TrainRecipe as TrainRecipe
     from softshard.trainer.students import build_student as build_student
     from softshard.trainer.students import expand as expand
@@ -45,7 +46,7 @@ _HOMES = {
     "pipeline.store.topk": ("Codes", "SoftLabels", "decode", "encode"),
     "pipeline.views.loader": ("ViewLoader",),
     "teachers": ("Teacher", "load_teacher"),
-    "trainer.losses": ("distillation_loss",),
+    "trainer.losses": ("distillation_loss", "topk_kl"),
     "trainer.recipe": ("TrainRecipe",),
     "trainer.students": ("build_student", "expand", "fold"),
     "verbs": ("evaluate", "export", "label", "pack", "render", "train"),

@@ -13,7 +13,7 @@ from helpers.workers import finish, kill, start, training
 from softshard.pipeline.labels.label import label
 from softshard.trainer.loop.run_folder import LAST, WEIGHTS
 
-EPOCHS, STEPS, KILLS = 4, 8, 10
+EPOCHS, STEPS, MANY = 4, 8, 10
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder, "train", text)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ten_kills_at_random_moments_end_in_the_same_weights(recipe: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "kills"),
+    [(1, 3), (2, 2), *(pytest.param(count, MANY, marks=pytest.mark.slow) for count in (1, 2))],
+)
+def test_kills_at_random_moments_end_in_the_same_weights(
+    recipe: Path, tmp_path: Path, processes: int, kills: int
+) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     workers = start(training(recipe, ("output", str(whole))), processes)
     until_saved(whole, workers)
@@ -35,9 +40,9 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(recipe: Path, tmp_p
     assert finish(workers) == [0] * processes
     seconds = time.monotonic() - began
     moments, places = random.Random(processes), []
-    for number in range(KILLS):
+    for number in range(kills):
         workers = start(training(recipe, ("output", str(run))), processes)
-        if number % 5:  # every fifth kill may come before the run has begun
+        if number % 5 < 4:  # every fifth kill may come before the run has begun
             until_saved(run, workers)
         time.sleep(moments.uniform(0, 0.3) * seconds)
         assert all(worker.exitcode in (None, 0) for worker in workers)  # none has died by itself
@@ -48,7 +53,9 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(recipe: Path, tmp_p
             shutil.rmtree(run)
     assert finish(start(training(recipe, ("output", str(run))), processes)) == [0] * processes
     assert_same_run(whole, run)
-    assert sum(place % STEPS > 0 for place in places) >= 3, f"hardly a kill came within an epoch: {places}"
+    assert any(places), "no kill came after a checkpoint"
+    if kills == MANY:
+        assert sum(place % STEPS > 0 for place in places) >= 3, f"hardly a kill came within an epoch: {places}"
 
 
 def until_saved(run: Path, workers: list[ForkServerProcess]) -> None:
