@@ -26,6 +26,7 @@ STUDY = {path.stem: path for path in sorted((CONFIGS / "train").glob("*.yaml"))}
 OWN = {name: CONFIGS / f"own/{name}.yaml" for name in ("teacher", "student")}
 TRAIN = STUDY | OWN
 FULL = [name for name in STUDY if "epochs" not in name]
+WIDER = ("ghostnetv3_100", "ghostnetv3_130", "ghostnetv3_160")  # but for the width, the recipe of ghostnetv3_050
 SMALL_LABELS = (
     "--classes 10 --views.count 50 --top_k 3 --min_top1 null --batch_size 160 --workers 1 --precision float32"
     " --teachers.0.model local-dir:teacher --teachers.0.size 32"
@@ -72,7 +73,9 @@ def updates(run: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", TRAIN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in WIDER else name for name in TRAIN]
+)
 def test_every_student_trains_two_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(folder)
     changes = f"{SMALL} {SMALL_OWN.get(name, '')}"

@@ -203,6 +203,16 @@ def test_commands_in_sentences_have_a_verb(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str) -> None:
+    named = re.findall(
+        r"(?:softshard|pipeline|teachers|trainer|tests|scripts|benchmarks)/[\w/]+\.(?:py|c|sh|yaml)",
+        PAGES[page].read_text(),
+    )
+    missing = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     text = PAGES[page].read_text()

@@ -343,6 +343,7 @@ print(softshard.trainer.__file__)
     assert (done.returncode, done.stdout.strip()) == (0, str(bare / "softshard/trainer/__init__.py")), done.stderr
 
 
+@pytest.mark.slow
 def test_a_bare_machine_skips_what_it_lacks(bare: Path, tmp_path: Path) -> None:
     """Without any package but torch, timm, numpy and theirs, without compiled extensions and without a compiler."""
     out = tmp_path / "report.json"
