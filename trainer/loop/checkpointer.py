@@ -65,17 +65,17 @@ class Checkpointer:
         self._state.load_state_dict(checkpoint["learner"])
         return Progress(**checkpoint["progress"])
 
-    def agree(self, signalled: bool, now: bool) -> tuple[bool, bool]:
+    def agree(self, signaled: bool, now: bool) -> tuple[bool, bool]:
         """Ask all processes whether to stop, and whether to save because `checkpoint_minutes` have passed.
 
         Args:
-            signalled: A signal came to this process.
+            signaled: A signal came to this process.
             now: Wait for the answer, which otherwise comes an update later, so that no process waits for another.
         """
         due = self._writes and time.monotonic() - self._saved > 60 * self._state.recipe.checkpoint_minutes
         if due:
             self._saved = time.monotonic()  # asked for once, though it may be granted an update later
-        stop, due = self._flags(signalled, due, now=now)
+        stop, due = self._flags(signaled, due, now=now)
         return stop, due
 
     def save(self) -> None:

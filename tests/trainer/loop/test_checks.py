@@ -1,5 +1,6 @@
 """What cannot work is refused early, and what goes wrong says what to do."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from softshard.trainer.losses import Losses
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# "..." stands for a library's own words.
 REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [
     (
         [("student.num_classes", "12")],
@@ -81,14 +83,12 @@ REFUSED: list[tuple[list[tuple[str, str]], type[SoftshardError], str]] = [
     (
         [("optimizer.options", "{momentun: 0.9}")],
         RecipeError,
-        "optimizer.options: expected arguments of adamw, found {{'momentun': 0.9}}: AdamW.__init__() got an unexpected "
-        "keyword argument 'momentun'; correct them",
+        "optimizer.options: expected arguments of adamw, found {{'momentun': 0.9}}: ...; correct them",
     ),
     (
         [("optimizer.name", "fusedadam")],
         RecipeError,
-        "optimizer.name: expected an optimizer that works here, found fusedadam: CUDA required for APEX "
-        "optimizers; name another one",
+        "optimizer.name: expected an optimizer that works here, found fusedadam: ...; name another one",
     ),
     (
         [("logging.trackers", "[tensorbord]")],
@@ -109,7 +109,8 @@ def test_what_cannot_work_is_refused_and_leaves_no_checkpoint(
 ) -> None:
     with pytest.raises(error) as found:
         train(train_recipe(inputs, *changes, ("output", str(tmp_path / "run"))))
-    assert str(found.value) == message.format(folder=inputs)
+    ours = map(re.escape, message.format(folder=inputs).split("..."))
+    assert re.fullmatch(".+".join(ours), str(found.value))
     assert not (tmp_path / "run" / LAST).exists()
 
 

@@ -46,7 +46,7 @@ def other_run(inputs: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def signalled_in_the_second_process() -> Iterator[None]:
+def signaled_in_the_second_process() -> Iterator[None]:
     """In the sixth update of the run. The first process is slow to save, and gets signals meanwhile, as launchers and
     batch systems repeat them; the second one must not leave before."""
     if os.environ["RANK"] == "1":
@@ -85,8 +85,8 @@ def test_a_signal_to_one_of_them_stops_both_after_the_same_update(
     recipe = write_recipe(inputs, "stopped", TRAIN)
     assert finish(start(training(recipe, ("output", str(tmp_path / "whole"))), 2)) == [0, 0]
     work = training(recipe, ("output", str(other_run)))
-    signalled = training(recipe, ("output", str(other_run)), within=signalled_in_the_second_process)
-    assert finish(start(signalled, 2, RUN=other_run)) == [STOPPED, STOPPED]
+    signaled = training(recipe, ("output", str(other_run)), within=signaled_in_the_second_process)
+    assert finish(start(signaled, 2, RUN=other_run)) == [STOPPED, STOPPED]
     assert saved_progress(other_run) == (1, 3)  # the wish of one update is known after the next one
     assert finish(start(work, 2)) == [0, 0]
     assert_same_run(tmp_path / "whole", other_run)

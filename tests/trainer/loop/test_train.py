@@ -127,7 +127,7 @@ def test_a_finished_run_is_left_alone(inputs: Path, run: Path) -> None:
 def test_a_signal_saves_the_update_and_the_run_goes_on_to_the_same_end(
     inputs: Path, run: Path, other_run: Path, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(inputs, "signalled", TRAIN)
+    recipe = write_recipe(inputs, "signaled", TRAIN)
     words = ["train", "--config", str(recipe), "--output", str(other_run)]
     with acting(6, lambda _: os.kill(os.getpid(), number)):
         assert softshard.trainer.__main__.main(words) == 130
