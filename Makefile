@@ -10,7 +10,7 @@ BENCHMARKS := kernels loader pack store label branches latency step
 .PHONY: help setup demo test test-slow test-python lint docs check bench bench-seeds ablation-smoke gpu-check gpu-kit gpu-table clean
 
 help:
-	@echo "make demo   pack, label, train, fold and export on real images; prints a table (about 10 minutes on 2 cores)"
+	@echo "make demo   pack, label, train, fold and export on real images; prints a table (6 to 10 minutes on 2 cores)"
 	@echo "make check  what must pass before a pull request: make lint, make docs, make test"
 	@echo "make lint   ruff and pyright"
 	@echo "make test   the tests"

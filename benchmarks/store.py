@@ -173,9 +173,7 @@ def measure_load(path: Path, rounds: int) -> tuple[Codes, dict[str, float]]:
     return codes, {"wall": wall, "cpu": cpu, "decoded bytes": decoded, "peak bytes": peak, "peak ratio": peak / decoded}
 
 
-def make_sides(
-    codes: Codes, probability: NDArray[Any], template: NDArray[np.uint8], values: BinaryIO, images: Path
-) -> dict[str, Side]:
+def make_sides(codes: Codes, template: NDArray[np.uint8], values: BinaryIO, images: Path) -> dict[str, Side]:
     """{name: side}; `values` is TinyViT's file, `images` ml-dr's folder. All give tensors of the classes, int64, and
     of their probabilities."""
     classes, samples = template.shape[1], len(codes)
@@ -257,7 +255,7 @@ def measure_speed(
         places = np.arange(PEER_FILES * PEER_VIEWS).reshape(-1, PEER_FILES).T % samples  # view 0 of image n is row n
         peers.write_ml_dr(folder / "images", codes.index[places], probability[places])
         with open(folder / "values.bin", "rb") as values:
-            sides = make_sides(codes, probability, template, values, folder / "images")
+            sides = make_sides(codes, template, values, folder / "images")
             times = measure_lookups(sides, rounds)
     share = load["wall"] / samples, load["cpu"] / samples
     times[f"{OURS}, with the load"] = [(wall + share[0], cpu + share[1]) for wall, cpu in times[OURS]]

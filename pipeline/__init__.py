@@ -1,1 +1,1 @@
-"""images -> views -> labels -> shards."""
+"""images -> views -> labels -> store and shards."""

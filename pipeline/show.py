@@ -1,4 +1,4 @@
-"""What a packed file or a store is, as one document for programs and a summary for people."""
+"""What a packed file, a store or shards are, as one document for programs and a summary for people."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""Check that a packed file or a store is whole: every checksum, every image in full, every labeled block."""
+"""Check that a packed file, a store or shards are whole: every checksum, every image in full, every labeled block."""
 
 import os
 import zlib

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from softshard.pipeline.images.sources.contract import IMAGE_SUFFIXES
 from softshard.pipeline.runtime.errors import DataError
+from softshard.pipeline.runtime.files import atomic_path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,15 +46,14 @@ def split(source: Path, target: Path, fraction: float, seed: int) -> dict[str, i
             f"{existing[0]}: expected nothing there, found an earlier split; remove it or name another folder"
         )
     plan = [divided(source, folder, fraction, seed) for folder in folders]
-    counts = {"train": 0, "validation": 0}
-    for sides in plan:
-        for name, files in sides.items():
-            for path in files:
-                copy = target / name / path.relative_to(source)
+    files = {name: [path for sides in plan for path in sides[name]] for name in ("train", "validation")}
+    with atomic_path(target / "train") as train, atomic_path(target / "validation") as validation:
+        for name, partial in (("train", train), ("validation", validation)):
+            for path in files[name]:
+                copy = partial / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, copy)
-            counts[name] += len(files)
-    return counts
+    return {name: len(paths) for name, paths in files.items()}
 
 
 def divided(source: Path, folder: Path, fraction: float, seed: int) -> dict[str, list[Path]]:

@@ -1,1 +1,1 @@
-"""shards -> folded student."""
+"""soft labels -> folded student."""

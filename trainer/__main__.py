@@ -1,4 +1,4 @@
-"""python -m trainer VERB: train a student from shards, evaluate it, fold and export it, time it."""
+"""python -m trainer VERB: train a student from soft labels, evaluate it, fold and export it, time it."""
 
 import argparse
 import json

@@ -103,21 +103,21 @@ def distillation_loss(
     return Losses(total, hard_value.detach(), soft_value.detach())
 
 
-def mixed_labels(labels: Tensor, others: Tensor, weights: Tensor, classes: int) -> Tensor:
+def mixed_labels(labels: Tensor, others: Tensor, lam: Tensor, classes: int) -> Tensor:
     """Hard labels of mixed images (Mixup, arXiv 1710.09412; CutMix, arXiv 1905.04899).
 
     Args:
         labels: int64 [B].
         others: int64 [B], the labels of the images mixed in.
-        weights: float32 [B], those of `labels`; `others` have the rest of 1.
+        lam: float32 [B], the weights of `labels`; `others` have the rest of 1.
         classes: How many there are, C.
 
     Returns:
         float32 [B, C].
     """
     mixed = torch.zeros(len(labels), classes, device=labels.device)
-    mixed.scatter_add_(1, labels[:, None], weights[:, None])
-    return mixed.scatter_add_(1, others[:, None], 1 - weights[:, None])
+    mixed.scatter_add_(1, labels[:, None], lam[:, None])
+    return mixed.scatter_add_(1, others[:, None], 1 - lam[:, None])
 
 
 def _divergence(logits: Tensor, soft: SoftLabels, temperature: float, tail: TailPolicy) -> Tensor:

@@ -89,6 +89,6 @@ EXPORTED uint32_t softshard_crc32(const uint8_t *data, int64_t length) {
 /* Of the headers this was built with: 2001005 is 2.1.5. */
 EXPORTED int32_t softshard_jpeg_version(void) { return LIBJPEG_TURBO_VERSION_NUMBER; }
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpeg", "C functions; see pipeline/jpeg.py.", -1, NULL};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpeg", "C functions; see pipeline/images/jpeg.py.", -1, NULL};
 
 PyMODINIT_FUNC PyInit__jpeg(void) { return PyModule_Create(&module); }

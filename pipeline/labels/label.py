@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.labels.labeler import LabeledBatch, Labeler, make_labeler
-from softshard.pipeline.labels.plan import Unit, count_views, plan_work, rows_of, wanted_views
+from softshard.pipeline.labels.plan import WorkUnit, count_views, plan_work, rows_of_block, wanted_views
 from softshard.pipeline.labels.preflight import check_room, check_top1, describe_run, describe_teachers, preflight
 from softshard.pipeline.recipes.recipe import LabelRecipe
 from softshard.pipeline.recipes.yaml_file import differences, dump_recipe
@@ -70,7 +70,7 @@ def estimate(recipe: LabelRecipe, views: Sequence[int] | None = None) -> str:
 
 def _store_and_units(
     labeler: Labeler, manifest: StoreManifest, views: Sequence[int], accelerator: Accelerator
-) -> tuple[Store, list[Unit]]:
+) -> tuple[Store, list[WorkUnit]]:
     """The store and what is to be labeled in it. The main process prepares both, the others wait for it."""
     store, units = None, []
     if accelerator.is_main_process:
@@ -81,7 +81,7 @@ def _store_and_units(
 
 def _prepare(
     labeler: Labeler, manifest: StoreManifest, views: Sequence[int], processes: int
-) -> tuple[Store, list[Unit]]:
+) -> tuple[Store, list[WorkUnit]]:
     """Plan the work and, where there is any, make the store or room in it, once the teachers are seen to be right."""
     recipe = labeler.recipe
     store = open_store(recipe.store) if store_exists(recipe.store) else None
@@ -138,7 +138,7 @@ def _create_or_grow(store: Store | None, labeler: Labeler, manifest: StoreManife
     return store
 
 
-def _progress_bar(store: Store, units: Sequence[Unit], accelerator: Accelerator) -> tqdm:
+def _progress_bar(store: Store, units: Sequence[WorkUnit], accelerator: Accelerator) -> tqdm:
     """The main process shows how far its own units are."""
     quiet = not accelerator.is_main_process or not units
     total = count_views(store, units)
@@ -162,7 +162,7 @@ class _Status:
 def label_units(
     labeler: Labeler,
     store: Store,
-    units: Sequence[Unit],
+    units: Sequence[WorkUnit],
     stop: StopSignal,
     update: Callable[[range, LabeledBatch], None],
 ) -> bool:
@@ -190,10 +190,10 @@ def label_units(
 
 
 def _label_unit(
-    labeler: Labeler, store: Store, unit: Unit, stop: StopSignal, update: Callable[[range, LabeledBatch], None]
+    labeler: Labeler, store: Store, unit: WorkUnit, stop: StopSignal, update: Callable[[range, LabeledBatch], None]
 ) -> list[LabeledBatch] | None:
     """The labels of a unit's rows, in their order; None when a stop signal came."""
-    rows, batches = rows_of(store, unit.block), []
+    rows, batches = rows_of_block(store, unit.block), []
     views = np.tile(np.arange(unit.views.start, unit.views.stop), (len(rows), 1))
     for batch in labeler.labels(rows, views, _makes_template(store, unit)):
         if stop.received:
@@ -203,7 +203,7 @@ def _label_unit(
     return batches
 
 
-def _commit(store: Store, unit: Unit, batches: Sequence[LabeledBatch]) -> None:
+def _commit(store: Store, unit: WorkUnit, batches: Sequence[LabeledBatch]) -> None:
     templates = [batch.template for batch in batches if batch.template is not None]
     if templates:
         store.write_template(unit.block, np.concatenate(templates))
@@ -212,11 +212,11 @@ def _commit(store: Store, unit: Unit, batches: Sequence[LabeledBatch]) -> None:
         store.write_block(view, unit.block, codes[column :: len(unit.views)])
 
 
-def _makes_template(store: Store, unit: Unit) -> bool:
+def _makes_template(store: Store, unit: WorkUnit) -> bool:
     return store.manifest.template is not None and unit.views.start == 0
 
 
-def _is_open(store: Store, unit: Unit) -> bool:
+def _is_open(store: Store, unit: WorkUnit) -> bool:
     """Whether something of a unit is still missing."""
     if _makes_template(store, unit) and not store.has_template(unit.block):
         return True

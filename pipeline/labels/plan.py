@@ -17,7 +17,7 @@ from softshard.pipeline.store.store import Store
 from softshard.pipeline.views.selection import check_view
 
 
-class Unit(NamedTuple):
+class WorkUnit(NamedTuple):
     """A block in some successive views."""
 
     views: range
@@ -48,7 +48,7 @@ def wanted_views(recipe: LabelRecipe, views: Sequence[int] | None) -> Sequence[i
     return wanted
 
 
-def plan_work(manifest: StoreManifest, views: Sequence[int], store: Store | None) -> list[Unit]:
+def plan_work(manifest: StoreManifest, views: Sequence[int], store: Store | None) -> list[WorkUnit]:
     """What some views of a store lack.
 
     First the template's views together, where one of them or the template is missing, then view by view.
@@ -63,19 +63,19 @@ def plan_work(manifest: StoreManifest, views: Sequence[int], store: Store | None
     units = []
     if of_template and 0 in views:
         open_blocks = missing[of_template].any(axis=0) | without_template
-        units = [Unit(of_template, int(block)) for block in np.flatnonzero(open_blocks)]
+        units = [WorkUnit(of_template, int(block)) for block in np.flatnonzero(open_blocks)]
     others = (view for view in views if view not in of_template)
     return units + [
-        Unit(range(view, view + 1), int(block)) for view in others for block in np.flatnonzero(missing[view])
+        WorkUnit(range(view, view + 1), int(block)) for view in others for block in np.flatnonzero(missing[view])
     ]
 
 
-def count_views(store: Store, units: Sequence[Unit]) -> int:
+def count_views(store: Store, units: Sequence[WorkUnit]) -> int:
     """How many views of one image the units are."""
-    return sum(len(views) * len(rows_of(store, block)) for views, block in units)
+    return sum(len(views) * len(rows_of_block(store, block)) for views, block in units)
 
 
-def rows_of(store: Store, block: int) -> NDArray[np.int64]:
+def rows_of_block(store: Store, block: int) -> NDArray[np.int64]:
     """The rows of a block, in their order."""
     rows = store.rows(block)
     return np.arange(rows.start, rows.stop)

@@ -67,7 +67,7 @@ class TrivialAugmentRecipe(Model):
 
 
 class ThreeAugmentRecipe(Model):
-    """DeiT III: gray, solarise or blur, then color jitter of strength `jitter`."""
+    """DeiT III: gray, solarize or blur, then color jitter of strength `jitter`."""
 
     jitter: Fraction = 0.3
     """Strength of the color jitter."""
@@ -105,7 +105,7 @@ class MixRecipe(Model):
     """Mixup or CutMix with another image of the packed set."""
 
     alpha: float = Field(default=1.0, ge=0.01, le=10)
-    """The share of the other image is drawn from Beta(alpha, alpha)."""
+    """What is left of the image itself, lambda, is drawn from Beta(alpha, alpha)."""
     probability: Fraction = 1.0
     """Of mixing a view."""
 

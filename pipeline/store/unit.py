@@ -90,15 +90,5 @@ def codes_of(arrays: Mapping[str, NDArray[Any]]) -> Codes:
     return Codes(index, arrays.get("topk_gap", np.zeros((len(tail), 0), np.uint8)), tail)
 
 
-def block_digest(view: int, block: int, codes: Codes) -> int:
-    """The digest of a block's unit."""
-    return _digest((view, block), code_arrays(codes).values())
-
-
-def template_digest(block: int, template: NDArray[np.uint8]) -> int:
-    """The digest of a tail template's unit."""
-    return _digest((block,), [template])
-
-
 def _digest(position: tuple[int, ...], arrays: Iterable[NDArray[Any]]) -> int:
     return array_digest(np.array(position, np.uint64), *arrays)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import zarr
 from hypothesis import settings
+from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from softshard.pipeline.images.manifest import StoreManifest, TeacherRecord
+from softshard.pipeline.images.manifest import StoreManifest, TeacherRecord, array_digest
 from softshard.pipeline.recipes.recipe import TemplateRecipe, ViewRecipe
 from softshard.pipeline.store.store import Store, create_store, open_store
 from softshard.pipeline.store.topk import Codes, index_dtype
+from softshard.pipeline.store.unit import code_arrays
 
 CODE_ARRAYS = ("topk_index", "topk_gap", "tail")
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=15)
@@ -126,3 +128,12 @@ def refuse_writes(patch: pytest.MonkeyPatch, after: int) -> None:
         await accept(*args)
 
     patch.setattr(LocalStore, "set", set_or_refuse)
+
+
+def block_digest(view: int, block: int, codes: Codes) -> int:
+    """As docs/format.md describes it."""
+    return array_digest(np.array([view, block], np.uint64), *code_arrays(codes).values())
+
+
+def template_digest(block: int, template: NDArray[np.uint8]) -> int:
+    return array_digest(np.array([block], np.uint64), template)

@@ -76,6 +76,6 @@ def open_exported(folder: Path) -> Exported:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
-            f"{folder}: expected an exported folder with {MANIFEST}, found none; make it with trainer export"
+            f"{folder}: expected an exported folder with {MANIFEST}, found none; make it with `softshard export`"
         )
     return load_sealed(Exported, path.read_bytes(), str(path), "export again")

@@ -212,8 +212,8 @@ def _nothing_to_expand(
     model: nn.Module, found: FoundPairs, branches: int, conv_types: Collection[str], scale_branch: bool, identity: bool
 ) -> str:
     return (
-        f"student.expand: expected convolution -> batch norm pairs of kind {' or '.join(conv_types)} in "
+        f"student.expand: expected convolution -> batch norm pairs of type {' or '.join(conv_types)} in "
         f"{type(model).__name__} that gain from branches={branches}, scale_branch={scale_branch}, identity={identity}; "
-        f"found pairs: {_counts(found.pairs)}; convolutions left alone: {_listing(found.unpaired)}; "
+        f"found: {_counts(found.pairs)}; convolutions left alone: {_listing(found.unpaired)}; "
         "change conv_types or branches, or set student.expand to null"
     )

@@ -62,7 +62,7 @@ def _told(run: Callable[[Setting, str, str], Outcome], precision: str, form: str
 
 
 def check_resume(setting: Setting, precision: str, form: str) -> Outcome:
-    """Four updates, against two, a checkpoint, and two more of another learner: weights, average, optimizer and loss
+    """Four updates, against two, a checkpoint, and two more of another state: weights, average, optimizer and loss
     scale; under deterministic algorithms bit for bit, in float32 also under those that `train` takes, nearly."""
     outcome = Outcome()
     for deterministic in (True, False) if precision == "float32" else (True,):
@@ -82,31 +82,31 @@ def _whole_and_resumed(setting: Setting, precision: str, form: str) -> tuple[dic
     from softshard.trainer.loop.run_folder import load_checkpoint, save_checkpoint
 
     whole = make(setting, precision, form, SMALL_SCALE)
-    train(whole, setting, range(2))
+    train(whole, range(2))
     folder = Path(setting.folder) / f"resume {precision} {form}"
     folder.mkdir(exist_ok=True)
     save_checkpoint(folder, whole.state_dict())
-    train(whole, setting, range(2, 4))
+    train(whole, range(2, 4))
     resumed, state = make(setting, precision, form, SMALL_SCALE), load_checkpoint(folder)
     assert state is not None
     resumed.load_state_dict(state)
-    train(resumed, setting, range(2, 4))
+    train(resumed, range(2, 4))
     return whole.state_dict(), resumed.state_dict()
 
 
 def check_learning(setting: Setting, precision: str, form: str) -> Outcome:
     """200 updates on images that say their class: every loss finite, the last ones below half of the first ones."""
-    learner = make(setting, precision, form)
+    state = make(setting, precision, form)
     count = 1 if setting.tiny else 200
     with interpreted(setting.device if form == "triton" else ""):
-        losses = train(learner, setting, range(count))
+        losses = train(state, range(count))
     first, last = losses[: count // 10 + 1].mean().item(), losses[-(count // 10 + 1) :].mean().item()
     outcome = Outcome({"first losses": first, "last losses": last, "updates": count})
     outcome.expect(bool(losses.isfinite().all()), f"losses that are not finite: {int((~losses.isfinite()).sum())}")
-    outcome.expect(learner.is_finite(), "weights that are not finite")
+    outcome.expect(state.is_finite(), "weights that are not finite")
     outcome.expect(setting.tiny or last < first / 2, f"loss fell from {first:.3f} to {last:.3f} only")
-    if learner.accelerator.scaler:
-        outcome.figures["loss scale"] = learner.accelerator.scaler.get_scale()
+    if state.accelerator.scaler:
+        outcome.figures["loss scale"] = state.accelerator.scaler.get_scale()
     return outcome
 
 
@@ -131,19 +131,19 @@ def make(setting: Setting, precision: str, form: str, scale: float = 65536.0) ->
     return make_train_state(accelerator, recipe, steps=1000)
 
 
-def train(learner: "TrainState", setting: Setting, updates: range) -> torch.Tensor:
+def train(state: "TrainState", updates: range) -> torch.Tensor:
     """The losses of some updates [U], each on its own batch, on the CPU."""
     from softshard.pipeline.views.batch import Batch
 
-    device, losses = learner.accelerator.device, []
-    learner.model.train()
+    device, losses = state.accelerator.device, []
+    state.model.train()
     for update in updates:
-        images, labels, logits = _batch(learner.recipe.batch_size, update)
-        soft = decode_on(device, encode(logits, 5), CLASSES, learner.temperature(update))
+        images, labels, logits = _batch(state.recipe.batch_size, update)
+        soft = decode_on(device, encode(logits, 5), CLASSES, state.temperature(update))
         images = images.to(device, memory_format=torch.channels_last)
         batch = Batch(images, np.arange(len(labels)), labels.to(device), None)
-        learner.begin(update)
-        losses.append(learner.learn(update, batch, [(1.0, soft)]).total.detach())
+        state.begin(update)
+        losses.append(state.learn(update, batch, [(1.0, soft)]).total.detach())
     return torch.stack(losses).cpu()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.small_runs import LABEL, label_recipe, make_inputs, write_recipe
-from helpers.small_stores import plain_array
+from helpers.small_stores import block_digest, plain_array, template_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,6 @@ from softshard.pipeline.labels.label import label
 from softshard.pipeline.labels.spot_check import codes_differences, spot_check
 from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import Codes, encode
-from softshard.pipeline.store.unit import block_digest, template_digest
 
 TEMPLATE = ("template", "{views: 2}")
 

@@ -17,6 +17,7 @@ from helpers.paths import ROOT
 from helpers.small_stores import (
     SETTINGS,
     assert_equal,
+    block_digest,
     create,
     damaged_bytes,
     files_of,
@@ -36,7 +37,6 @@ from softshard.pipeline.images.manifest import StoreManifest
 from softshard.pipeline.runtime.errors import DataError, FormatError
 from softshard.pipeline.store.store import open_store
 from softshard.pipeline.store.topk import Codes
-from softshard.pipeline.store.unit import block_digest
 
 FORMAT_PAGE = ROOT / "docs/format.md"
 

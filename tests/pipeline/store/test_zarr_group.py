@@ -13,6 +13,7 @@ import zarr
 from helpers.small_stores import (
     CODE_ARRAYS,
     assert_equal,
+    block_digest,
     chunk_files,
     create,
     damaged_bytes,
@@ -31,7 +32,6 @@ from softshard.pipeline.runtime.errors import DataError, FormatError
 from softshard.pipeline.store.location import Folder
 from softshard.pipeline.store.store import create_store, open_store
 from softshard.pipeline.store.topk import Codes
-from softshard.pipeline.store.unit import block_digest
 
 
 @pytest.fixture

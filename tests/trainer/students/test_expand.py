@@ -140,7 +140,7 @@ def test_pairs_that_gain_nothing_stay_plain():
 
 TYPES = "depthwise, pointwise, grouped, dense"
 NOTHING = (
-    "student.expand: expected convolution -> batch norm pairs of kind {} in Sequential that gain from {}; found pairs: "
+    "student.expand: expected convolution -> batch norm pairs of type {} in Sequential that gain from {}; found: "
     "1 dense, 1 depthwise, 2 pointwise; convolutions left alone: none; change conv_types or branches, or set "
     "student.expand to null"
 )

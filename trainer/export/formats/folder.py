@@ -49,7 +49,7 @@ def load_folder(folder: Path) -> nn.Module:
     """
     if not (folder / CONFIG).is_file():
         raise DataError(
-            f"{folder}: expected an exported folder with config.json, found none; make it with `trainer export`"
+            f"{folder}: expected an exported folder with config.json, found none; make it with `softshard export`"
         )
     try:
         config = json.loads((folder / CONFIG).read_text())
