@@ -50,9 +50,9 @@ class DataRecipe(Model):
     labels: Stores | None
     """A store, or a list of stores with weights, one for each teacher; null: hard labels alone."""
     views: int | None = Field(default=None, ge=1)
-    """Use the first so many views of the store; null: all."""
+    """Use only the first views of the store, this many; null: all."""
     top_k: int | None = Field(default=None, ge=1)
-    """Use the so many most probable classes of the store; null: all."""
+    """Use only the most probable classes of the store, this many; null: all."""
     size: int = Field(ge=1)
     """Pixels of a view's side."""
     workers: int = Field(default=8, ge=1)
@@ -109,7 +109,7 @@ class LossRecipe(Model):
     tail: TailPolicy = "spread"
     """What classes outside the top k contribute."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Of the hard labels."""
+    """Smoothing of the hard labels."""
 
 
 def _optimizer_name(name: str) -> str:
@@ -211,7 +211,7 @@ class EvaluationRecipe(Model):
     epochs: int = Field(default=1, ge=1)
     """Epochs between two validations."""
     agreement: int = Field(default=2048, ge=0)
-    """On so many training images the student's predictions are compared with the teacher's; always the same view."""
+    """Number of training images on which the student's predictions are compared with the teacher's, in one view."""
 
 
 class LoggingRecipe(Model):
@@ -220,7 +220,7 @@ class LoggingRecipe(Model):
     trackers: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers: tensorboard, wandb, mlflow, ..."""
     updates: int = Field(default=50, ge=1)
-    """Losses are logged as means over so many updates."""
+    """Number of updates whose mean losses are logged."""
 
 
 class TrainRecipe(Model):
@@ -228,9 +228,9 @@ class TrainRecipe(Model):
 
     renamed: ClassVar[Mapping[str, str]] = {
         "watch": "logging",
-        "student.expand.kinds": "conv_types",
-        "student.expand.scale": "scale_branch",
-        "student.expand.branches_as": "implementation",
+        "student.expand.kinds": "student.expand.conv_types",
+        "student.expand.scale": "student.expand.scale_branch",
+        "student.expand.branches_as": "student.expand.implementation",
     }
 
     data: DataRecipe

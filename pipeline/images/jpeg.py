@@ -9,7 +9,13 @@ import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
-from softshard.pipeline.images import _jpeg  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
+try:
+    from softshard.pipeline.images import _jpeg
+except ImportError:
+    raise ImportError(
+        "softshard.pipeline.images: expected the compiled module _jpeg, found none; run `pip install -e .` in "
+        "the checkout"
+    ) from None
 
 _library = ctypes.CDLL(_jpeg.__file__)
 for _name in ("softshard_decode", "softshard_crc32"):

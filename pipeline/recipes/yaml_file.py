@@ -165,6 +165,7 @@ def _problems(error: ValidationError, name: str, overridden: set[str], renamed: 
         else:
             what = problem["msg"]
             if problem["type"] == "extra_forbidden":
-                what = f"renamed; write {renamed[dotted]}" if dotted in renamed else "unknown key"
+                rest = by_option[0][len(dotted) :] if by_option else ""
+                what = f"renamed; write {renamed[dotted]}{rest}" if dotted in renamed else "unknown key"
             lines.append(f"{where}: {what[0].lower()}{what[1:]} (got {json.dumps(problem['input'], default=str)})")
     return lines

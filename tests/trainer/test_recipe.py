@@ -14,9 +14,9 @@ def test_the_error_for_a_former_key_names_the_new_one(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         train_recipe(tmp_path, *changes)
     assert str(error.value).splitlines() == [
-        f'{tmp_path}/train.yaml: student.expand.kinds: renamed; write conv_types (got ["dense"])',
-        f"{tmp_path}/train.yaml: student.expand.scale: renamed; write scale_branch (got false)",
-        f'{tmp_path}/train.yaml: student.expand.branches_as: renamed; write implementation (got "auto")',
+        f'{tmp_path}/train.yaml: student.expand.kinds: renamed; write student.expand.conv_types (got ["dense"])',
+        f"{tmp_path}/train.yaml: student.expand.scale: renamed; write student.expand.scale_branch (got false)",
+        f'{tmp_path}/train.yaml: student.expand.branches_as: renamed; write student.expand.implementation (got "auto")',
         f"{tmp_path}/train.yaml: student.expand.lanes: unknown key (got 2)",
-        '--watch.updates: renamed; write logging (got {"updates": 7})',
+        '--watch.updates: renamed; write logging.updates (got {"updates": 7})',
     ]
