@@ -55,7 +55,7 @@ def test_kills_at_random_moments_end_in_the_same_weights(
     assert_same_run(whole, run)
     assert any(places), "no kill came after a checkpoint"
     if kills == MANY:
-        assert sum(place % STEPS > 0 for place in places) >= 3, f"hardly a kill came within an epoch: {places}"
+        assert any(place % STEPS for place in places), f"no kill came within an epoch: {places}"
 
 
 def until_saved(run: Path, workers: list[ForkServerProcess]) -> None:
