@@ -59,7 +59,7 @@ def test_plain_data_that_is_wrong() -> None:
         softshard.pack({"source": {"kind": "folder"}, "outptu": "x"})
     lines = str(error.value).splitlines()
     assert "PackRecipe: source.path: missing key" in lines
-    assert 'PackRecipe: outptu: unknown key (got "x")' in lines
+    assert 'PackRecipe: outptu: unknown key; near: output (got "x")' in lines
 
 
 def test_rendering(photos: Beton) -> None:

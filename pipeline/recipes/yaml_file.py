@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from softshard.pipeline.recipes.recipe import Model
-from softshard.pipeline.runtime.errors import RecipeError
+from softshard.pipeline.runtime.errors import RecipeError, near
 from softshard.pipeline.runtime.files import write_atomically
 
 Override = tuple[str, str]  # ("section.key", YAML text of the value)
@@ -142,13 +142,13 @@ def _validated(
         # through JSON, where a list is a legal tuple and types stay strict
         recipe = model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise RecipeError("\n".join(problems + _problems(error, name, overridden, model.renamed))) from None
+        raise RecipeError("\n".join(problems + _problems(error, model, name, overridden))) from None
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
 
 
-def _problems(error: ValidationError, name: str, overridden: set[str], renamed: Mapping[str, str]) -> list[str]:
+def _problems(error: ValidationError, model: type[Model], name: str, overridden: set[str]) -> list[str]:
     lines: list[str] = []
     problems = error.errors(include_url=False)
     for problem in problems:
@@ -166,6 +166,25 @@ def _problems(error: ValidationError, name: str, overridden: set[str], renamed: 
             what = problem["msg"]
             if problem["type"] == "extra_forbidden":
                 rest = by_option[0][len(dotted) :] if by_option else ""
-                what = f"renamed; write {renamed[dotted]}{rest}" if dotted in renamed else "unknown key"
+                new = model.renamed.get(dotted)
+                what = f"renamed; write {new}{rest}" if new else _unknown(model, problem["loc"])
             lines.append(f"{where}: {what[0].lower()}{what[1:]} (got {json.dumps(problem['input'], default=str)})")
     return lines
+
+
+def _unknown(model: type[Model], location: tuple[int | str, ...]) -> str:
+    """Say what a key that there is none of may have meant."""
+    *sections, key = location
+    section: type[Model] | None = model
+    for part in sections:
+        if section and part in section.model_fields:
+            section = _model_of(section.model_fields[str(part)].annotation)
+    hint = near(str(key), section.model_fields) if section else ""
+    return f"unknown key; {hint}" if hint else "unknown key"
+
+
+def _model_of(annotation: object) -> type[Model] | None:
+    """The model of a section whose type is it, may be null, or is a list of it."""
+    if isinstance(annotation, type) and issubclass(annotation, Model):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_of(part))), None)

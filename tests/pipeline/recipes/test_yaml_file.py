@@ -78,10 +78,10 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     assert problems(tmp_path, text) == [
         "F: views.count: duplicate key (got it again in line 5)",
         'F: classes: input should be a valid integer (got "10")',
-        "F: views.hflop: unknown key (got 0.5)",
+        "F: views.hflop: unknown key; near: hflip (got 0.5)",
         "F: teachers.0.size: input should be greater than or equal to 1 (got 0)",
         "F: top_k: missing key",
-        "F: topk: unknown key (got 5)",
+        "F: topk: unknown key; near: top_k (got 5)",
     ]
 
 
@@ -240,7 +240,10 @@ def test_overrides_reach_sections_lists_and_absent_sections(tmp_path: Path) -> N
     ("change", "expected"),
     [
         (("views.seed", "x"), '--views.seed: input should be a valid integer (got "x")'),
-        (("views.sed", "1"), "--views.sed: unknown key (got 1)"),
+        (("views.sed", "1"), "--views.sed: unknown key; near: seed (got 1)"),
+        (("teachers.0.wieght", "2"), "--teachers.0.wieght: unknown key; near: weight (got 2)"),
+        (("template.view", "2"), "--template.view: unknown key; near: views (got 2)"),
+        (("zoo", "2"), "--zoo: unknown key (got 2)"),
         (("teachers.1.size", "1"), "--teachers.1.size: expected a section named '1', found list"),
         (("classes.a.b", "1"), "--classes.a.b: expected a section named 'a', found int"),
         (("classes.a", "1"), "--classes.a: expected a key, found int above it"),
