@@ -86,9 +86,8 @@ def render(
     recipe = as_recipe(ViewRecipe, views)
     loader = ViewLoader(open_beton(Path(beton)), recipe, size, len(rows), workers=1, device=torch.device("cpu"))
     batches = loader.render(np.array(rows), np.tile(np.array(numbers), (len(rows), 1)))
-    [pixels] = [
-        batch.images.movedim(2, -1).numpy().copy() for batch in batches
-    ]  # the loader writes to its memory again
+    # copied, since the loader writes to its memory again
+    [pixels] = [batch.images.movedim(2, -1).numpy().copy() for batch in batches]
     return pixels
 
 

@@ -7,11 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 from softshard.pipeline.images.manifest import StoreManifest
+from softshard.pipeline.images.sources.webdataset import TAR_BLOCK
 from softshard.pipeline.runtime.errors import DataError
 from softshard.pipeline.runtime.files import atomic_path
 from softshard.pipeline.shards.format import ShardManifest, ShardRecord, shard_name, write_manifest
-
-TAR_BLOCK = 512
 
 
 def write_shards(
